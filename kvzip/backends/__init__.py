@@ -1,0 +1,58 @@
+"""Attention backends: how the logits of dense tails and ragged contexts are computed on a device.
+
+A backend is stateless and shared. `auto` chooses by device; every other name is taken as asked.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvzip.context import RaggedLayer
+from kvzip.errors import UnknownNameError
+
+BACKENDS = {
+    "cpu": "kvzip.backends.cpu:CPUBackend",
+    "reference": "kvzip.backends.reference:ReferenceBackend",
+}
+
+
+class Backend(Protocol):
+    """Attention with log-sum-exp. Shapes and semantics as in `kvzip.ops.attention.attend`."""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over dense keys [B, Hkv, S, D]."""
+        ...
+
+    def attend_ragged(
+        self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of every query [B, Hq, T, D] to all pairs of its KV head in a full-attention layer."""
+        ...
+
+
+def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
+    """The backend of that name; `auto` takes `cpu` on a CPU and `reference` elsewhere.
+
+    Raises UnknownNameError.
+    """
+    if name == "auto":
+        name = "cpu" if torch.device(device).type == "cpu" else "reference"
+    if name not in BACKENDS:
+        raise UnknownNameError.of("backend", name, ["auto", *BACKENDS])
+    module, cls = BACKENDS[name].split(":")
+    backend: Backend = getattr(import_module(module), cls)()
+    return backend

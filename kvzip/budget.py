@@ -1,0 +1,101 @@
+"""How many KV pairs may stay: a keep ratio, a count of pairs, or bytes; always resolved to an exact count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvzip.errors import BudgetError, UnknownNameError
+from kvzip.ops import selection
+
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class BudgetKind:
+    """How a total is divided over layers and heads.
+
+    select: (scores [Lf, Hkv, S], pairs) -> keep mask.  pool_dims: which of (layer, head) compete for the same pairs.
+    scorer: the only scorer it goes with, or None.
+    """
+
+    select: Callable[[Tensor, int], Tensor]
+    pool_dims: tuple[bool, bool]
+    help: str
+    scorer: str | None = None
+
+
+BUDGET_KINDS = {
+    "global": BudgetKind(selection.select_global, (True, True), "one threshold over all layers and heads"),
+    "layer": BudgetKind(selection.select_layer, (False, True), "the same count in every layer, pooled over its heads"),
+    "uniform": BudgetKind(selection.select_uniform, (False, False), "the same count in every head"),
+    "head": BudgetKind(
+        selection.select_heads,
+        (True, True),
+        "whole heads, by the model's head profile",
+        scorer="head-profile",
+    ),
+}
+
+
+def get_budget_kind(name: str) -> BudgetKind:
+    """The budget kind of that name. Raises UnknownNameError."""
+    if name not in BUDGET_KINDS:
+        raise UnknownNameError.of("budget", name, BUDGET_KINDS)
+    return BUDGET_KINDS[name]
+
+
+def check_keep_ratio(keep_ratio: float) -> float:
+    """`keep_ratio` as a float, 0 < r <= 1. Raises BudgetError."""
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
+        raise BudgetError(
+            f"keep ratio {keep_ratio!r} is out of range: give 0 < r <= 1, the fraction of KV pairs to keep"
+        )
+    return float(keep_ratio)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What a budget is taken of.  num_pairs: context pairs in full-attention layers.  fixed_nbytes: bytes that stay
+    whatever is evicted (prefix, sliding windows, offsets).  pair_nbytes: bytes of one pair."""
+
+    num_pairs: int
+    fixed_nbytes: int
+    pair_nbytes: int
+
+
+def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: Amounts) -> int:
+    """The number of context pairs to keep, at least 1.
+
+    keep_ratio: fraction of `num_pairs`.  budget: a count of context pairs, or bytes of the whole compressed cache as
+    text ("48MiB", "200 MB"). Exactly one of the two is given.  Raises BudgetError.
+    """
+    if (keep_ratio is None) == (budget is None):
+        raise BudgetError("give either keep_ratio or budget, not both and not neither")
+    if keep_ratio is not None:
+        return max(1, round(check_keep_ratio(keep_ratio) * amounts.num_pairs))
+    if isinstance(budget, str):
+        nbytes = parse_nbytes(budget)
+        pairs = (nbytes - amounts.fixed_nbytes) // amounts.pair_nbytes
+        if pairs < 1:
+            least = amounts.fixed_nbytes + amounts.pair_nbytes
+            raise BudgetError(f"budget {budget!r} is too small: this context needs at least {least} bytes")
+        return min(pairs, amounts.num_pairs)
+    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= amounts.num_pairs:
+        raise BudgetError(
+            f"budget {budget!r} is out of range: give 1 to {amounts.num_pairs} KV pairs, or bytes as '64MiB'"
+        )
+    return budget
+
+
+def parse_nbytes(text: str) -> int:
+    """Bytes of "64MiB", "1.5 GB" or "4096 B". Raises BudgetError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", text, re.IGNORECASE)
+    if not match:
+        raise BudgetError(
+            f"budget {text!r} is not an amount: give KV pairs as 10000, or bytes as 64MiB, 200MB or 4096B"
+        )
+    return int(float(match[1]) * UNITS[match[2].lower()])

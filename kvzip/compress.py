@@ -1,0 +1,250 @@
+"""Prefill, score, select, pack: how a text becomes a compressed context. Read this file first.
+
+    FullContext.prefill ──► FullContext.score ──► select ──► FullContext.evict ──► RaggedContext
+
+One `FullContext` serves any number of methods and keep ratios.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvzip.backends import Backend
+from kvzip.budget import Amounts
+from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
+from kvzip.errors import ContextLengthError
+from kvzip.hf.geometry import Geometry
+from kvzip.hf.prefill import PrefillCache, Replay, forward_at
+from kvzip.methods import Method
+from kvzip.ops.ragged import cu_seqlens_of, pack, pack_bits
+from kvzip.ops.rope import shift_keys
+from kvzip.ops.selection import select_above
+from kvzip.progress import Progress, silent
+from kvzip.scorers import get_scorer
+
+CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
+BRIDGE_LEN = 8  # tokens of the chunk before that a later repeat prompt quotes
+MIN_REPLAY_LEN = 256  # tokens of a chunk, where positions are scarce
+PREFILL_BLOCK = 1024  # tokens of one forward pass while reading
+
+
+@dataclass(frozen=True)
+class RepeatPrompts:
+    """Token ids of the prompts that make the model repeat its context.
+
+    first: before the first chunk.  later: before each further chunk, followed by the quoted bridge.  after: closes the
+    user's turn and opens the model's.
+    """
+
+    first: Tensor
+    later: Tensor
+    after: Tensor
+
+    @property
+    def max_len(self) -> int:
+        return max(self.first.numel(), self.later.numel() + BRIDGE_LEN) + self.after.numel()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What reading and replaying need of a model."""
+
+    model: PreTrainedModel
+    geometry: Geometry
+    backend: Backend
+    prompts: RepeatPrompts
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to keep.  mask: [Lf, Hkv, S] bool.  ranks: [Lf, Hkv, S] uint8 (see RaggedContext), or None."""
+
+    mask: Tensor
+    ranks: Tensor | None
+
+
+def chunk_slices(context_len: int, chunk_len: int, *, merge_short: bool = True) -> list[slice]:
+    """Consecutive chunks of `chunk_len` tokens.
+
+    A last chunk shorter than half of that joins its neighbour: alone, its softmax would run over fewer keys and its
+    scores would be too high. `merge_short=False` leaves it alone, as the official code does.
+    """
+    starts = list(range(0, context_len, chunk_len))
+    if merge_short and len(starts) > 1 and context_len - starts[-1] < (chunk_len + 1) // 2:
+        starts.pop()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], context_len], strict=True)]
+
+
+class FullContext:
+    """The full cache of one text, and what was seen of it. Fill it with `prefill`.
+
+    prefix_ids: [P], context_ids: [S], int64 on the CPU.
+    """
+
+    def __init__(self, engine: Engine, prefix_ids: Tensor, context_ids: Tensor) -> None:
+        self.engine, self.prefix_ids, self.context_ids = engine, prefix_ids, context_ids
+        self.cache = PrefillCache(engine.geometry, prefix_ids.numel() + context_ids.numel(), engine.backend)
+        self.prefill_s = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prefix and context."""
+        return self.prefix_ids.numel() + self.context_ids.numel()
+
+    @torch.inference_mode()
+    def prefill(self, block_len: int = PREFILL_BLOCK, progress: Progress = silent) -> None:
+        """Read prefix and context, `block_len` tokens a forward pass."""
+        started = time.perf_counter()
+        ids = torch.cat([self.prefix_ids, self.context_ids])
+        progress("prefill", 0, self.length)
+        for start in range(0, self.length, block_len):
+            forward_at(self.engine.model, ids[start : start + block_len], start, self.cache)
+            progress("prefill", self.cache.length, self.length)
+        self.prefill_s = time.perf_counter() - started
+
+    @torch.inference_mode()
+    def score(
+        self,
+        scorer_name: str = "reconstruction",
+        chunk_len: int = CHUNK_LEN,
+        *,
+        faithful: bool = False,
+        progress: Progress = silent,
+    ) -> Tensor:
+        """Scores [Lf, Hkv, S] float32 of the context's pairs, higher = keep."""
+        full_layers = self.engine.geometry.full_layers
+        num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
+        scorer = get_scorer(scorer_name, len(full_layers), num_kv_heads, self.context_ids.numel())
+        index_of = {layer: index for index, layer in enumerate(full_layers)}
+        chunks = chunk_slices(self.context_ids.numel(), chunk_len, merge_short=not faithful)
+        progress("score", 0, self.context_ids.numel())
+        try:
+            for chunk, ids in self._replays(chunks):
+                start, end = self.prefix_ids.numel() + chunk.start, self.prefix_ids.numel() + chunk.stop
+                observe = lambda layer, seen: scorer.observe(index_of[layer], seen)  # noqa: E731
+                self.cache.set_replay(Replay(self.prefix_ids.numel(), start, end, observe))
+                forward_at(self.engine.model, ids, self.length, self.cache)
+                progress("score", chunk.stop, self.context_ids.numel())
+        finally:
+            self.cache.set_replay(None)
+        return scorer.scores()
+
+    def _replays(self, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk with the ids that repeat it: prompt, bridge, end of turn, the chunk itself."""
+        prompts = self.engine.prompts
+        for chunk in chunks:
+            bridge = self.context_ids[max(0, chunk.start - BRIDGE_LEN) : chunk.start]
+            prompt = torch.cat([prompts.later, bridge]) if chunk.start else prompts.first
+            yield chunk, torch.cat([prompt, prompts.after, self.context_ids[chunk]])
+
+    def amounts(self) -> Amounts:
+        """What budgets are taken of."""
+        layers = self.engine.geometry.layers
+        itemsize = self.engine.model.dtype.itemsize
+        full = [layers[i] for i in self.engine.geometry.full_layers]
+        windows = [layer for layer in layers if layer.window is not None]
+        prefix = sum(layer.num_kv_heads for layer in full) * self.prefix_ids.numel()
+        pair_nbytes = 2 * full[0].head_dim * itemsize
+        sliding = sum(
+            2 * layer.num_kv_heads * layer.head_dim * min(self.length, (layer.window or 1) - 1) for layer in windows
+        )
+        offsets = sum(4 * (layer.num_kv_heads + 1) for layer in layers)
+        num_pairs = sum(layer.num_kv_heads for layer in full) * self.context_ids.numel()
+        return Amounts(num_pairs, prefix * pair_nbytes + sliding * itemsize + offsets, pair_nbytes)
+
+    @torch.inference_mode()
+    def evict(self, keep_mask: Tensor, *, release: bool = False) -> tuple[RaggedLayer, ...]:
+        """The kept pairs of every layer, keys shifted so that a question starts at position 0.
+
+        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.
+        release: give each layer's full cache back as soon as it is packed; this object is of no use afterwards.
+        """
+        index_of = {layer: index for index, layer in enumerate(self.engine.geometry.full_layers)}
+        packed = []
+        for index, dense in enumerate(self.cache.layers):
+            mask = keep_mask[index_of[index]] if index in index_of else None
+            packed.append(self._evict_layer(index, mask))
+            if release:
+                dense.release()
+        return tuple(packed)
+
+    def _evict_layer(self, index: int, context_mask: Tensor | None) -> RaggedLayer:
+        dense, geometry = self.cache.layers[index], self.engine.geometry.layers[index]
+        keys, values = dense.keys[0], dense.values[0]
+        if context_mask is None:
+            mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        else:
+            prefix = torch.ones(keys.shape[0], self.prefix_ids.numel(), dtype=torch.bool)
+            mask = torch.cat([prefix, context_mask.cpu()], dim=1).to(keys.device)
+        inv_freq = None if geometry.inv_freq is None else geometry.inv_freq.to(keys.device)
+        return RaggedLayer(
+            keys=shift_keys(pack(keys, mask), inv_freq, -self.length),
+            values=pack(values, mask),
+            cu_seqlens=cu_seqlens_of(mask),
+            window=geometry.window,
+        )
+
+
+def select(
+    scores: Tensor, method: Method, num_pairs: int, *, faithful: bool = False, with_ranks: bool = True
+) -> Selection:
+    """The keep mask of `num_pairs` pairs by the budget of `method`; the official threshold rule if `faithful`."""
+    if faithful:
+        return Selection(select_above(scores, num_pairs / scores.numel()), None)
+    mask = method.budget_kind.select(scores, num_pairs)
+    return Selection(mask, pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None)
+
+
+def pool_ranks(scores: Tensor, pool_dims: tuple[bool, bool]) -> Tensor:
+    """256 x the share of pairs in the same pool that stand lower, as uint8 [Lf, Hkv, S].
+
+    pool_dims: whether layers, and heads, share a pool.
+    """
+    num_layers, num_kv_heads, length = scores.shape
+    num_pools = (1 if pool_dims[0] else num_layers) * (1 if pool_dims[1] else num_kv_heads)
+    pools = scores.reshape(num_pools, -1)
+    order = pools.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(pools.shape[1] - 1, -1, -1).expand_as(pools)
+    ranks = torch.empty_like(order).scatter_(1, order, places)
+    return (ranks * 256 // max(1, pools.shape[1])).to(torch.uint8).reshape(scores.shape)
+
+
+def fit_chunk_len(
+    prefix_len: int, context_len: int, prompts: RepeatPrompts, chunk_len: int, max_positions: int | None
+) -> int:
+    """`chunk_len`, or less where the positions of the model leave less room to replay. Raises ContextLengthError."""
+    if context_len < 1:
+        raise ContextLengthError("the context is empty: give at least one token of text")
+    if max_positions is None:
+        return chunk_len
+    room = max_positions - prefix_len - context_len - prompts.max_len
+    longest = max(s.stop - s.start for s in chunk_slices(context_len, chunk_len))
+    if longest <= room:
+        return chunk_len
+    least = min(context_len, MIN_REPLAY_LEN)
+    if room < least:
+        raise ContextLengthError(
+            f"the context has {context_len} tokens, but the {max_positions} positions of this model leave room for "
+            f"{max(0, max_positions - prefix_len - prompts.max_len - MIN_REPLAY_LEN)}: "
+            f"shorten the text by {least - room} tokens, or take another model"
+        )
+    return room * 2 // 3  # the last chunk may be half as long again
+
+
+def pack_context(full: FullContext, selection: Selection, info: ContextInfo, *, release: bool) -> RaggedContext:
+    """The compressed context of a selection."""
+    layers = full.evict(selection.mask, release=release)
+    return RaggedContext(
+        layers=layers,
+        prefix_ids=full.prefix_ids.to(torch.int32),
+        context_ids=full.context_ids.to(torch.int32),
+        kept_bits=pack_bits(selection.mask.cpu()),
+        ranks=selection.ranks,
+        info=info,
+    )

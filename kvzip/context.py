@@ -1,0 +1,185 @@
+"""The compressed context as data: immutable, ragged, plain torch.
+
+A context is made once and then only read: sessions, threads and batch rows share it. What a question adds lives in
+the session's own dense tail (`kvzip.hf.cache`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvzip.ops.ragged import unpack_bits
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedLayer:
+    """The kept KV pairs of one layer.
+
+    keys, values: [N, D], segments sorted by KV head, positions ascending inside a head.  cu_seqlens: [Hkv + 1] int32.
+    window: None in a full-attention layer. In a sliding-window layer the model's window in tokens, and every head then
+    holds the last `n` tokens before the question without a gap.
+    bias: [N] float32 added to the logits of each pair, or None.
+    Keys stand in the canonical rotation: the first token of a question has position 0.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cu_seqlens: Tensor
+    window: int | None = None
+    bias: Tensor | None = None
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """`cu_seqlens` as Python integers."""
+        return tuple(self.cu_seqlens.tolist())
+
+    @property
+    def num_kv_heads(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def seqlens(self) -> list[int]:
+        """KV pairs of each head."""
+        return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values, offsets and biases."""
+        tensors = [self.keys, self.values, self.cu_seqlens] + ([] if self.bias is None else [self.bias])
+        return sum(t.nbytes for t in tensors)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedLayer:
+        """The same layer on another device, keys and values in `dtype`."""
+        return RaggedLayer(
+            self.keys.to(device, dtype),
+            self.values.to(device, dtype),
+            self.cu_seqlens.to(device),
+            self.window,
+            None if self.bias is None else self.bias.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class ContextInfo:
+    """What is known about how a context was made. All of it is stored in the file.
+
+    fingerprint: identity of model and tokenizer (`kvzip.hf.fingerprint`).  keep_ratio: fraction of the context's KV
+    pairs kept in full-attention layers, as asked (None where a budget was asked) and as reached.
+    full_kv_nbytes: bytes that prefix and context take in the model's own full cache.  *_s: seconds.
+    peak_rss_bytes: highest resident memory of the process while compressing.  loss: a measured statement, or None.
+    """
+
+    model: str
+    fingerprint: str
+    method: str
+    dtype: str
+    keep_ratio_asked: float | None
+    budget_asked: str | None
+    keep_ratio: float
+    full_kv_nbytes: int
+    prefill_s: float = 0.0
+    score_s: float = 0.0
+    total_s: float = 0.0
+    peak_rss_bytes: int = 0
+    system: str | None = None
+    instruction: str | None = None
+    source: str | None = None
+    created: str = ""
+    kvzip_version: str = ""
+    loss: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ContextInfo:
+        """Inverse of `to_dict`; keys of later versions are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedContext:
+    """A compressed context: the kept pairs of all layers, and which tokens they came from.
+
+    layers: one a model layer.  prefix_ids: [P] int32, tokens before the context (chat template, system prompt), never
+    evicted.  context_ids: [S] int32.  kept_bits: `pack_bits` of the keep mask [Lf, Hkv, S] bool over the Lf
+    full-attention layers; the prefix is not in it.
+    ranks: [Lf, Hkv, S] uint8 or None: 256 x the share of pairs in the same pool of the budget that scored lower, so
+    that `ranks >= 256 * (1 - r)` is nearly the keep mask at keep ratio r.
+    """
+
+    layers: tuple[RaggedLayer, ...]
+    prefix_ids: Tensor
+    context_ids: Tensor
+    kept_bits: Tensor
+    ranks: Tensor | None
+    info: ContextInfo
+
+    @property
+    def prefix_len(self) -> int:
+        return self.prefix_ids.numel()
+
+    @property
+    def context_len(self) -> int:
+        """Tokens of the context, prefix left out."""
+        return self.context_ids.numel()
+
+    @property
+    def logical_len(self) -> int:
+        """Positions taken by prefix and context, whatever was evicted; a question's true position starts here."""
+        return self.prefix_len + self.context_len
+
+    @cached_property
+    def full_layers(self) -> tuple[int, ...]:
+        """Indices of the full-attention layers, the ones that were compressed."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.window is None)
+
+    @property
+    def kept_shape(self) -> tuple[int, int, int]:
+        return len(self.full_layers), self.layers[0].num_kv_heads, self.context_len
+
+    @property
+    def keep_mask(self) -> Tensor:
+        """[Lf, Hkv, S] bool, True = kept; made anew at each call."""
+        return unpack_bits(self.kept_bits, self.kept_shape)
+
+    @property
+    def pairs_per_head(self) -> list[list[int]]:
+        """KV pairs held by each layer and head, prefix and sliding windows included: [L][Hkv]."""
+        return [layer.seqlens for layer in self.layers]
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes that attention reads: keys, values, offsets and biases of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].keys.dtype
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedContext:
+        """The same context with its layers on another device and in another dtype."""
+        layers = tuple(layer.to(device, dtype) for layer in self.layers)
+        return RaggedContext(layers, self.prefix_ids, self.context_ids, self.kept_bits, self.ranks, self.info)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedTail:
+    """The dense tail of a session, as it is stored beside its context.
+
+    keys, values: one [1, Hkv, T, D] tensor a layer.  token_ids: [T'] int32, the tokens of the conversation after the
+    context; the last one may not be in the tail yet, so T' is T or T + 1.  turns: (question, answer) pairs.
+    turn_starts: how many of `token_ids` came before each turn.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    token_ids: Tensor
+    turns: tuple[tuple[str, str], ...]
+    turn_starts: tuple[int, ...] = ()

@@ -1,0 +1,1 @@
+"""Everything that knows transformers: the attention seam, the caches behind it, model geometry, chat templates."""

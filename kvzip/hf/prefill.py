@@ -1,0 +1,194 @@
+"""The full cache while a context is read and replayed: dense buffers filled once, in place.
+
+Prefill appends blocks. Replay attends to everything that was read, keeps nothing of what it adds, and shows an
+observer the queries that attended. Positions are the true ones and are always passed to the model; to transformers the
+cache looks empty, so its masks cover the new tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvzip.backends import Backend
+from kvzip.hf.geometry import Geometry, LayerGeometry
+from kvzip.hf.seam import Call, DenseView, SlidingView, View
+from kvzip.ops.attention import merge
+from kvzip.scorers.base import Observation
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One replay pass: which part of the context it repeats, and who watches.
+
+    prefix_len: tokens before the context.  start, end: the chunk, as positions counted from the first prefix token.
+    observe: called once a full-attention layer.
+    """
+
+    prefix_len: int
+    start: int
+    end: int
+    observe: Callable[[int, Observation], None]
+
+
+class ReplayView(View):
+    """Replayed tokens behind the whole context, in parts so that the softmax over prefix + chunk + replay is known."""
+
+    def __init__(self, backend: Backend, tail: tuple[Tensor, Tensor], layer: PrefillLayer, replay: Replay) -> None:
+        super().__init__(backend, *tail)
+        self.layer, self.replay = layer, replay
+
+    def attend(self, query: Tensor, call: Call) -> Tensor:
+        scored = self.attend_tail(query, call)
+        rp = self.replay
+        for part in (slice(0, rp.prefix_len), slice(rp.start, rp.end)):
+            scored = self._merge(query, call, part, scored)
+        self._show(query, call, scored[1])
+        out = scored
+        for part in (slice(rp.prefix_len, rp.start), slice(rp.end, self.layer.length)):
+            out = self._merge(query, call, part, out)
+        return out[0]
+
+    def _merge(self, query: Tensor, call: Call, part: slice, so_far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if part.start == part.stop:
+            return so_far
+        keys, values = self.layer.read(part)
+        return merge(*so_far, *self.backend.attend(query, keys, values, scale=call.scale, softcap=call.softcap))
+
+    def _show(self, query: Tensor, call: Call, lse: Tensor) -> None:
+        rp = self.replay
+        observation = Observation(
+            query=query[0],
+            prefix_keys=self.layer.read(slice(0, rp.prefix_len))[0][0],
+            chunk_keys=self.layer.read(slice(rp.start, rp.end))[0][0],
+            replay_keys=self.keys[0],
+            lse=lse[0],
+            scale=call.scale,
+            softcap=call.softcap,
+            chunk=slice(rp.start - rp.prefix_len, rp.end - rp.prefix_len),
+        )
+        rp.observe(self.layer.index, observation)
+
+
+class PrefillLayer(CacheLayerMixin):
+    """All keys and values of one full-attention layer, in buffers [1, Hkv, capacity, D] made at the first block."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, index: int, geometry: LayerGeometry, capacity: int, backend: Backend) -> None:
+        super().__init__()
+        self.index, self.geometry, self.capacity, self.backend = index, geometry, capacity, backend
+        self.length = 0
+        self.replay: Replay | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        self.keys, self.values = (
+            torch.empty(batch, num_kv_heads, self.capacity, head_dim, dtype=s.dtype, device=s.device)
+            for s in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
+        if self.replay is not None:
+            view: View = ReplayView(self.backend, (key_states, value_states), self, self.replay)
+        else:
+            view = DenseView(self.backend, key_states, value_states, *self._append(key_states, value_states))
+        return view, view
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a block; what stood before it comes back."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.read(slice(0, self.length))
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return before
+
+    def read(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of these positions [1, Hkv, n, D], as views."""
+        return self.keys[:, :, part], self.values[:, :, part]
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.keys = self.values = torch.empty(0)
+        self.is_initialized, self.length = False, 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlidingPrefillLayer(PrefillLayer):
+    """The last `window - 1` tokens of a sliding-window layer: all that a later token can see."""
+
+    is_sliding = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        window = self.geometry.window
+        assert window is not None
+        before = (self.keys, self.values)
+        view = SlidingView(self.backend, key_states, value_states, before, window, self.length, 0)
+        if self.replay is None:
+            self.keys = _last(self.keys, key_states, window - 1)
+            self.values = _last(self.values, value_states, window - 1)
+            self.length += key_states.shape[2]
+        return view, view
+
+
+class PrefillCache(Cache):
+    """The full cache of one context, batch 1.  capacity: tokens of prefix and context."""
+
+    def __init__(self, geometry: Geometry, capacity: int, backend: Backend) -> None:
+        layers = [
+            (PrefillLayer if layer.window is None else SlidingPrefillLayer)(i, layer, capacity, backend)
+            for i, layer in enumerate(geometry.layers)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        return int(self.layers[0].length)
+
+    def set_replay(self, replay: Replay | None) -> None:
+        """Attend without appending, shown to `replay.observe`; None goes back to appending."""
+        for layer in self.layers:
+            layer.replay = replay
+
+
+def forward_at(model: PreTrainedModel, ids: Tensor, position: int, cache: Cache) -> None:
+    """Run the decoder, without the language-model head, over `ids` [T] whose first token has that position."""
+    positions = torch.arange(position, position + ids.numel(), device=model.device).unsqueeze(0)
+    model.get_decoder()(
+        input_ids=ids.to(model.device).unsqueeze(0),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+
+
+def _last(old: Tensor, new: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of both, in memory of their own."""
+    keep_old = max(0, min(old.shape[2], count - new.shape[2]))
+    return torch.cat([old[:, :, old.shape[2] - keep_old :], new[:, :, -count:]], dim=2)

@@ -1,0 +1,369 @@
+"""The front door: a model that compresses texts and opens compressed contexts."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvzip import store
+from kvzip._version import __version__
+from kvzip.backends import get_backend
+from kvzip.budget import check_keep_ratio, resolve_pairs
+from kvzip.compress import (
+    CHUNK_LEN,
+    Engine,
+    FullContext,
+    RepeatPrompts,
+    Selection,
+    fit_chunk_len,
+    pack_context,
+    select,
+)
+from kvzip.context import ContextInfo, RaggedContext, SavedTail
+from kvzip.errors import InputError
+from kvzip.generation import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Answer,
+    Clock,
+    Generator,
+    check_options,
+    check_positions,
+    check_question,
+)
+from kvzip.head_profile import load_head_profile, save_head_profile
+from kvzip.hf.cache import SessionCache
+from kvzip.hf.fingerprint import fingerprint
+from kvzip.hf.geometry import probe
+from kvzip.hf.template import Template, make_template
+from kvzip.memory import peak_rss_nbytes, reset_peak_rss
+from kvzip.methods import Method, parse_method
+from kvzip.progress import Progress, silent
+from kvzip.session import Session
+
+# The wording of the paper's repository; its table 2 shows that the wording hardly matters.
+REPEAT_FIRST = "\n\nRepeat the previous context exactly."
+REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
+DEFAULT_KEEP_RATIO = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """What `compress` takes besides the text.
+
+    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no compression. 0.3
+    where neither it nor `budget` is given.  budget: instead, a number of context pairs, or bytes as text ("64MiB").
+    method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`).
+    faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
+    chunk_len: tokens replayed at a time.
+    """
+
+    keep_ratio: float | None = None
+    budget: int | str | None = None
+    method: str = "kvzip"
+    faithful: bool = False
+    chunk_len: int = CHUNK_LEN
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is None and self.budget is None:
+            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
+        if self.keep_ratio is not None:
+            check_keep_ratio(self.keep_ratio)
+        if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:
+            raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
+        parse_method(self.method)
+
+
+class LLM:
+    """A language model with its tokenizer, ready to compress. Made by `kvzip.load` or `kvzip.wrap`.
+
+    system, instruction, thinking: see `kvzip.hf.template.make_template`; they hold for contexts made from here on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        backend: str = "auto",
+        thinking: bool = False,
+    ) -> None:
+        self.geometry = probe(model)
+        self.model, self.tokenizer, self.thinking = model.eval(), tokenizer, thinking
+        self.name = name or model.config.name_or_path or type(model).__name__
+        self.backend = get_backend(backend, model.device)
+        self.fingerprint = fingerprint(model, tokenizer)
+        self.template: Template = make_template(tokenizer, thinking=thinking)
+        self.generator = Generator(model, tokenizer, self.template.stop_strings)
+
+    def __repr__(self) -> str:
+        return f"LLM({self.name!r}, dtype={self.dtype_name}, device={str(self.model.device)!r})"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that context, question and answer may take together; None = no limit known."""
+        return self.geometry.max_positions
+
+    def tokenize(self, text: str) -> Tensor:
+        """Ids [T] int64 of text that a user gave: special tokens written in it are taken as plain text."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def question_ids(self, question: str, *, first: bool = True) -> list[int]:
+        """Ids of a question with the template around it.  first: right after the context, not after an answer."""
+        lead = self.template.question if first else self.template.between
+        gap = lead[len(lead.rstrip(" ")) :]  # a space belongs to the word that follows
+        asked = self.tokenize(gap + question.strip()).tolist()
+        return [*self._template_ids(lead.rstrip(" ")), *asked, *self._template_ids(self.template.after)]
+
+    def compress(
+        self,
+        text: str,
+        keep_ratio: float | None = None,
+        *,
+        system: str | None = None,
+        instruction: str | None = None,
+        source: str | None = None,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> CompressedContext:
+        """Compress `text` once, for any later question.
+
+        keep_ratio and the further options: see `CompressOptions`.  system: system prompt (None = the template's own).
+        instruction: stands before the text in the user's turn.  source: a name for the text, kept in the file.
+        Raises BudgetError, ContextLengthError, UnknownNameError or InputError before any work is done.
+        """
+        chosen = CompressOptions(keep_ratio=keep_ratio, **options)
+        started = time.perf_counter()
+        full = self.prefill(text, system=system, instruction=instruction, source=source, progress=progress)
+        return full.compress(chosen, progress=progress, release=True, started=started)
+
+    def prefill(
+        self,
+        text: str,
+        *,
+        system: str | None = None,
+        instruction: str | None = None,
+        source: str | None = None,
+        progress: Progress = silent,
+    ) -> Prefilled:
+        """Read `text` once; the result can be compressed at several keep ratios and by several methods."""
+        if not isinstance(text, str) or not text.strip():
+            raise InputError("the context is empty: give a text of at least one word")
+        reset_peak_rss()
+        template = make_template(self.tokenizer, system=system, instruction=instruction, thinking=self.thinking)
+        prefix_ids = torch.tensor(self._template_ids(template.before), dtype=torch.int64)
+        return Prefilled(self, prefix_ids, self.tokenize(text), (system, instruction, source), progress)
+
+    def open(self, path: str | Path) -> CompressedContext:
+        """The context saved at `path`, memory-mapped.
+
+        Raises FormatError (not a .kvz, damaged, other version), ModelMismatchError (made with another model), FileError.
+        """
+        return CompressedContext(self, self._read(path)[0])
+
+    def open_session(self, path: str | Path) -> Session:
+        """The session saved at `path`; a file without one gives a new session. Raises as `open`."""
+        data, tail = self._read(path)
+        return Session(CompressedContext(self, data), tail)
+
+    def profile_heads(self, text: str, source: str = "", *, progress: Progress = silent) -> Path:
+        """Score every KV head by its largest score on `text`, for the method `kvzip-head`; returns the file written."""
+        scores = self.prefill(text, progress=progress).scores(parse_method("kvzip"), progress=progress)
+        return save_head_profile(self.fingerprint, scores.amax(dim=-1), source)
+
+    def _read(self, path: str | Path) -> tuple[RaggedContext, SavedTail | None]:
+        data, tail = store.read(path)
+        store.check_fingerprint(data.info, self.fingerprint, path)
+        return data.to(self.model.device, self.model.dtype), tail
+
+    def _template_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
+
+    def engine(self) -> Engine:
+        """What `kvzip.compress` needs of this model."""
+        first, later, after = (
+            torch.tensor(self._template_ids(text), dtype=torch.int64)
+            for text in (REPEAT_FIRST, REPEAT_LATER, self.template.after)
+        )
+        return Engine(self.model, self.geometry, self.backend, RepeatPrompts(first, later, after))
+
+
+class Prefilled:
+    """A text that was read: its full cache, ready to be compressed in several ways. Made by `LLM.prefill`."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        prefix_ids: Tensor,
+        context_ids: Tensor,
+        texts: tuple[str | None, str | None, str | None],
+        progress: Progress,
+    ) -> None:
+        self.llm, self.texts = llm, texts
+        self._full = FullContext(llm.engine(), prefix_ids, context_ids)
+        self._chunk_len(CHUNK_LEN)  # refuse before reading
+        self._full.prefill(progress=progress)
+        self._scores: dict[tuple[str, int, bool], tuple[Tensor, float]] = {}
+
+    def compress(
+        self,
+        options: CompressOptions | float,
+        *,
+        progress: Progress = silent,
+        release: bool = False,
+        started: float | None = None,
+    ) -> CompressedContext:
+        """A compressed context.
+
+        options: CompressOptions, or a keep ratio.  release: give the full cache back; nothing more can be made of it.
+        started: when the work began (`time.perf_counter`), for `total_s`; prefill and scoring time where not given.
+        """
+        if not isinstance(options, CompressOptions):
+            options = CompressOptions(keep_ratio=options)
+        method, amounts = parse_method(options.method), self._full.amounts()
+        num_pairs = resolve_pairs(options.keep_ratio, options.budget, amounts)
+        selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
+        info = self._info(options, method, selection.mask, score_s)
+        data = pack_context(self._full, selection, info, release=release)
+        total_s = info.prefill_s + score_s if started is None else time.perf_counter() - started
+        info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes())
+        return CompressedContext(self.llm, replace(data, info=info))
+
+    def scores(
+        self,
+        method: Method,
+        chunk_len: int = CHUNK_LEN,
+        *,
+        faithful: bool = False,
+        progress: Progress = silent,
+    ) -> Tensor:
+        """Scores [Lf, Hkv, S] float32 of the method's scorer; computed once."""
+        return self._scored(method, chunk_len, faithful, progress)[0]
+
+    def _select(
+        self, options: CompressOptions, method: Method, num_pairs: int, total: int, progress: Progress
+    ) -> tuple[Selection, float]:
+        if num_pairs == total:  # nothing to choose
+            shape = (len(self.llm.geometry.full_layers), -1, self._full.context_ids.numel())
+            return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
+        scores, score_s = self._scored(method, options.chunk_len, options.faithful, progress)
+        return select(scores, method, num_pairs, faithful=options.faithful), score_s
+
+    def _scored(self, method: Method, chunk_len: int, faithful: bool, progress: Progress) -> tuple[Tensor, float]:
+        key = (method.scorer, chunk_len, faithful)
+        if key not in self._scores:
+            started = time.perf_counter()
+            scores = self._score(method, chunk_len, faithful, progress)
+            self._scores[key] = scores, time.perf_counter() - started
+        return self._scores[key]
+
+    def _score(self, method: Method, chunk_len: int, faithful: bool, progress: Progress) -> Tensor:
+        context_len, full_layers = self._full.context_ids.numel(), self.llm.geometry.full_layers
+        if method.scorer == "head-profile":
+            num_kv_heads = self.llm.geometry.layers[full_layers[0]].num_kv_heads
+            heads = load_head_profile(self.llm.fingerprint, (len(full_layers), num_kv_heads))
+            return heads.unsqueeze(-1).expand(-1, -1, context_len)
+        name = f"{method.scorer}-faithful" if faithful else method.scorer
+        return self._full.score(name, self._chunk_len(chunk_len), faithful=faithful, progress=progress)
+
+    def _chunk_len(self, chunk_len: int) -> int:
+        full = self._full
+        lengths = full.prefix_ids.numel(), full.context_ids.numel()
+        return fit_chunk_len(*lengths, full.engine.prompts, chunk_len, self.llm.max_positions)
+
+    def _info(self, options: CompressOptions, method: Method, mask: Tensor, score_s: float) -> ContextInfo:
+        system, instruction, source = self.texts
+        return ContextInfo(
+            model=self.llm.name,
+            fingerprint=self.llm.fingerprint,
+            method=method.composition + ("+faithful" if options.faithful else ""),
+            dtype=self.llm.dtype_name,
+            keep_ratio_asked=options.keep_ratio,
+            budget_asked=None if options.budget is None else str(options.budget),
+            keep_ratio=mask.sum().item() / mask.numel(),
+            full_kv_nbytes=self.llm.geometry.kv_nbytes(self._full.length, self.llm.model.dtype),
+            prefill_s=self._full.prefill_s,
+            score_s=score_s,
+            system=system,
+            instruction=instruction,
+            source=source,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            kvzip_version=__version__,
+        )
+
+
+class CompressedContext:
+    """A compressed text that answers questions. Made by `LLM.compress` or `LLM.open`; never changes.
+
+    data: the kept pairs and what is known of them.  Threads may share it.
+    """
+
+    def __init__(self, llm: LLM, data: RaggedContext) -> None:
+        self.llm, self.data = llm, data
+
+    def __repr__(self) -> str:
+        return (
+            f"CompressedContext({self.data.context_len} tokens, keep_ratio={self.data.info.keep_ratio:.3f}, "
+            f"kv_nbytes={self.data.kv_nbytes})"
+        )
+
+    def ask(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **options: Any) -> Answer:
+        """Answer one question and forget it. Arguments and errors as in `Session.ask`."""
+        return self.session().ask(question, max_new_tokens=max_new_tokens, **options)
+
+    def stream(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **options: Any) -> Iterator[str]:
+        """Answer one question piece by piece, and forget it. As `Session.stream`."""
+        return self.session().stream(question, max_new_tokens=max_new_tokens, **options)
+
+    def ask_many(
+        self, questions: Sequence[str], *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **options: Any
+    ) -> list[Answer]:
+        """Answer several questions at once, as one batch over this context. Errors as in `Session.ask`."""
+        for question in questions:
+            check_question(question)
+        check_options(max_new_tokens, options)
+        if not questions:
+            return []
+        rows = [self.llm.question_ids(question) for question in questions]
+        longest = max(map(len, rows))
+        check_positions(self.data.logical_len, longest, max_new_tokens, self.llm.max_positions)
+        ids = torch.full((len(rows), longest), self.llm.generator.pad_id)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, longest - len(row) :] = torch.tensor(row)
+            mask[index, longest - len(row) :] = 1
+        clock = Clock()
+        new = self.llm.generator.run(self.cache(), ids, mask, max_new_tokens, clock, options)
+        return [Answer.of(self.llm.generator.text(row), row, clock) for row in new]
+
+    def session(self) -> Session:
+        """A conversation that remembers its turns."""
+        return Session(self)
+
+    def cache(self) -> SessionCache:
+        """A transformers Cache over this context: `model.generate(question_ids, past_key_values=ctx.cache())`."""
+        return SessionCache(self.data, self.llm.backend)
+
+    def save(self, path: str | Path) -> int:
+        """Write a .kvz file, whole or not at all, and return its bytes. Raises FileError."""
+        return store.write(path, self.data)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was compressed and what it took; sizes in bytes, times in seconds."""
+        data = self.data
+        sizes = {"context_len": data.context_len, "prefix_len": data.prefix_len, "kv_nbytes": data.kv_nbytes}
+        return sizes | data.info.to_dict() | {"pairs_per_head": data.pairs_per_head}

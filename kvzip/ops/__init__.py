@@ -1,0 +1,1 @@
+"""Pure tensor functions: torch in, torch out; no state, files, logging or choice of device."""

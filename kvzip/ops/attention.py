@@ -1,0 +1,91 @@
+"""Attention that also returns the log-sum-exp of its rows, and the merge of two such parts.
+
+This is the slow, obvious form: float32, every logit in memory. It is the oracle of every backend, and serves where
+no faster form exists (soft cap, devices without a fused kernel). Shape letters as in `docs/how-it-works.md`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """`softcap * tanh(logits / softcap)`, or the logits themselves where `softcap` is None."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of grouped queries, with the log-sum-exp of each row.
+
+    query: [B, Hq, T, D].  keys, values: [B, Hkv, S, D] with Hq a multiple of Hkv, S >= 0.
+    mask: bool, broadcastable to [B, 1, T, S], True = may attend.  is_causal: row t sees keys up to S - T + t.
+    bias: float32 broadcastable to [B, Hkv, 1, S], added to the logits after the soft cap.
+    Returns ([B, Hq, T, D] in the dtype of `query`, [B, Hq, T] float32). A row that sees nothing gives 0 and -inf.
+    """
+    batch, num_heads, q_len, head_dim = query.shape
+    num_kv_heads, kv_len = keys.shape[1], keys.shape[2]
+    rows = query.reshape(batch, num_kv_heads, -1, q_len, head_dim).float()
+    logits = soft_capped(rows @ keys.float().unsqueeze(2).transpose(-1, -2) * scale, softcap)  # [B, Hkv, G, T, S]
+    if bias is not None:
+        logits = logits + bias.float().unsqueeze(2)
+    if is_causal:
+        past = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+        logits = logits.masked_fill(~past, -torch.inf)
+    if mask is not None:
+        logits = logits.masked_fill(~mask.unsqueeze(2), -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1) if kv_len else logits.new_full(logits.shape[:-1], -torch.inf)
+    weights = torch.exp(logits - lse.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1))
+    out = weights @ values.float().unsqueeze(2)
+    return out.reshape(query.shape).to(query.dtype), lse.reshape(batch, num_heads, q_len)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, from the attention over each.
+
+    out_*: [..., T, D].  lse_*: [..., T] float32; -inf means the row saw nothing in that part.
+    Returns (out, lse) of the union.  Source: FlashAttention's split-K reduction (arXiv 2205.14135).
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    base = lse.clamp_min(torch.finfo(torch.float32).min)
+    weight_a = torch.exp(lse_a - base).unsqueeze(-1)
+    weight_b = torch.exp(lse_b - base).unsqueeze(-1)
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+def column_max(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    block_rows: int = 2048,
+) -> Tensor:
+    """The largest attention weight that each key receives from any query of its KV head.
+
+    query: [Hq, T, D].  keys: [Hkv, S, D].  lse: [Hq, T] float32, the log-sum-exp of each row over all the keys that
+    its softmax runs over (`keys` may be a part of them).  block_rows: query rows of a KV head looked at together, so
+    that at most Hkv * block_rows * S logits exist at a time.
+    Returns [Hkv, S] float32 in [0, 1]. No exponential is taken before the maximum: exp is monotonic.
+    """
+    num_kv_heads, kv_len, head_dim = keys.shape
+    rows = (query.float() * scale).reshape(num_kv_heads, -1, head_dim)
+    row_lse = lse.reshape(num_kv_heads, -1, 1)
+    columns = keys.float().transpose(1, 2)
+    best = torch.full((num_kv_heads, kv_len), -torch.inf, device=keys.device)
+    for start in range(0, rows.shape[1], block_rows):
+        logits = soft_capped(rows[:, start : start + block_rows] @ columns, softcap)
+        logits -= row_lse[:, start : start + block_rows]
+        torch.maximum(best, logits.amax(dim=1), out=best)
+    return best.exp_().clamp_max_(1.0)

@@ -1,0 +1,145 @@
+"""Slow, obvious oracles: full attention with explicit masks, and scores written straight from the paper.
+
+They use an attention function of their own, transformers' DynamicCache, and no kvzip code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+NAME = "kvzip_test_reference"
+
+
+@dataclass
+class State:
+    """evicted: layer -> [Hkv, S] bool, True = may not be attended to.  seen: layer -> (query, keys) of the last call."""
+
+    evicted: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+STATE = State()
+
+
+def attention(
+    module, query, key, value, attention_mask=None, scaling=None, softcap=None, sliding_window=None, **kwargs
+):
+    """Everything at once in float32: logits, soft cap, causal and window masks by index, evicted pairs, softmax."""
+    batch, num_heads, q_len, head_dim = query.shape
+    groups = num_heads // key.shape[1]
+    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = query @ keys.transpose(2, 3) * (scaling if scaling is not None else head_dim**-0.5)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    kv_len = key.shape[2]
+    rows = torch.arange(kv_len - q_len, kv_len).unsqueeze(1)
+    columns = torch.arange(kv_len)
+    allowed = columns <= rows
+    if sliding_window is not None:
+        allowed &= columns > rows - sliding_window
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    evicted = STATE.evicted.get(module.layer_idx)
+    if evicted is not None:
+        hidden = torch.zeros(key.shape[1], kv_len, dtype=torch.bool)
+        hidden[:, : evicted.shape[1]] = evicted
+        logits = logits.masked_fill(hidden.repeat_interleave(groups, 0)[None, :, None], -torch.inf)
+    STATE.seen[module.layer_idx] = (query, key)
+    out = torch.softmax(logits, dim=-1) @ values
+    return out.transpose(1, 2).contiguous(), None
+
+
+class Reference:
+    """`model` with the reference attention for as long as the `with` block lasts."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __enter__(self) -> Reference:
+        AttentionInterface.register(NAME, attention)
+        self.before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(NAME)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.model.set_attn_implementation(self.before)
+        STATE.evicted.clear()
+        STATE.seen.clear()
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, last: int, evicted: dict[int, Tensor] | None = None, split: int = 0) -> Tensor:
+        """[last, V] logits of the last tokens of `ids` [T].
+
+        evicted: pairs that the tokens from `split` on may not attend to; the first `split` tokens see everything.
+        """
+        cache = DynamicCache()
+        STATE.evicted.clear()
+        if split:
+            self.model(ids[None, :split], past_key_values=cache)
+        STATE.evicted.update(evicted or {})
+        return self.model(ids[None, split:], past_key_values=cache).logits[0, -last:]
+
+    @torch.inference_mode()
+    def greedy(self, ids: Tensor, count: int, evicted: dict[int, Tensor] | None = None, split: int = 0) -> list[int]:
+        """`count` greedy tokens after `ids` [T]; no end token stops it."""
+        cache = DynamicCache()
+        STATE.evicted.clear()
+        if split:
+            self.model(ids[None, :split], past_key_values=cache)
+        STATE.evicted.update(evicted or {})
+        step, new = ids[split:], []
+        for _ in range(count):
+            token = self.model(step[None], past_key_values=cache).logits[0, -1].argmax()
+            new.append(int(token))
+            step = token[None]
+        return new
+
+    @torch.inference_mode()
+    def scores(
+        self,
+        prefix: Tensor,
+        context: Tensor,
+        replays: list[tuple[slice, Tensor]],
+        full_layers: tuple[int, ...],
+        scale_of=None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """[Lf, Hkv, S]: per chunk one forward over prefix + context + replay, softmax over prefix + chunk + replay keys.
+
+        replays: (chunk, ids that repeat it).  scale_of: layer -> softmax scale, None = 1/sqrt(D).
+        """
+        rows = []
+        for chunk, ids in replays:
+            everything = torch.cat([prefix, context, ids])
+            cache = DynamicCache()
+            self.model(everything[None, : len(everything) - len(ids)], past_key_values=cache)
+            self.model(everything[None, len(everything) - len(ids) :], past_key_values=cache)
+            rows.append(
+                torch.stack(
+                    [self._chunk_scores(i, len(prefix), chunk, len(ids), scale_of, softcap) for i in full_layers]
+                )
+            )
+        return torch.cat(rows, dim=-1)
+
+    def _chunk_scores(self, layer, prefix_len, chunk, q_len, scale_of, softcap) -> Tensor:
+        query, keys = (t[0].float() for t in STATE.seen[layer])
+        picked = torch.cat(
+            [
+                keys[:, :prefix_len],
+                keys[:, prefix_len + chunk.start : prefix_len + chunk.stop],
+                keys[:, -q_len:],
+            ],
+            dim=1,
+        )
+        groups = query.shape[0] // keys.shape[0]
+        scale = query.shape[-1] ** -0.5 if scale_of is None else scale_of(layer)
+        logits = query @ picked.repeat_interleave(groups, 0).transpose(1, 2) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        future = torch.ones(q_len, q_len, dtype=torch.bool).triu(1)
+        logits[..., -q_len:] = logits[..., -q_len:].masked_fill(future, -torch.inf)
+        weights = torch.softmax(logits, dim=-1)[..., prefix_len:-q_len]  # [Hq, T, m]
+        return weights.amax(dim=1).reshape(keys.shape[0], groups, -1).amax(dim=1)

@@ -1,0 +1,156 @@
+"""Pure tensor functions against slow or obvious forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvzip.errors import BudgetError
+from kvzip.ops import attention, ragged, rope, selection
+
+SIZES = st.integers(1, 9)
+SEEDS = st.integers(0, 2**16)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(SEEDS, st.integers(1, 3), SIZES, st.integers(0, 9), st.booleans())
+def test_attend_equals_softmax(seed: int, groups: int, q_len: int, kv_len: int, capped: bool) -> None:
+    query, keys, values = (
+        random(seed, 2, 2 * groups, q_len, 8),
+        random(seed + 1, 2, 2, kv_len, 8),
+        random(seed + 2, 2, 2, kv_len, 8),
+    )
+    mask = random(seed + 3, 2, 1, q_len, kv_len) > -0.5
+    softcap = 2.0 if capped else None
+    out, lse = attention.attend(query, keys, values, scale=0.3, mask=mask, softcap=softcap)
+    for b in range(2):
+        for h in range(2 * groups):
+            for t in range(q_len):
+                logits = keys[b, h // groups] @ query[b, h, t] * 0.3
+                if capped:
+                    logits = 2 * torch.tanh(logits / 2)
+                seen = mask[b, 0, t]
+                if not seen.any():
+                    assert lse[b, h, t] == -math.inf and not out[b, h, t].any()
+                    continue
+                weights = torch.softmax(logits[seen], 0)
+                torch.testing.assert_close(out[b, h, t], weights @ values[b, h // groups][seen], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(lse[b, h, t], torch.logsumexp(logits[seen], 0), atol=1e-5, rtol=1e-5)
+
+
+def test_attend_is_causal_at_the_lower_right() -> None:
+    query, keys, values = random(0, 1, 2, 3, 8), random(1, 1, 1, 5, 8), random(2, 1, 1, 5, 8)
+    out, _ = attention.attend(query, keys, values, scale=1.0, is_causal=True)
+    for t in range(3):
+        alone, _ = attention.attend(query[:, :, t : t + 1], keys[:, :, : t + 3], values[:, :, : t + 3], scale=1.0)
+        torch.testing.assert_close(out[:, :, t : t + 1], alone)
+
+
+@given(SEEDS, SIZES, st.integers(0, 6), st.integers(0, 6))
+def test_merge_of_two_parts_is_the_whole(seed: int, q_len: int, first: int, second: int) -> None:
+    query, keys, values = (
+        random(seed, 1, 4, q_len, 8),
+        random(seed + 1, 1, 2, first + second, 8),
+        random(seed + 2, 1, 2, first + second, 8),
+    )
+    whole = attention.attend(query, keys, values, scale=0.5)
+    parts = [
+        attention.attend(query, keys[:, :, s], values[:, :, s], scale=0.5)
+        for s in (slice(0, first), slice(first, None))
+    ]
+    merged = attention.merge(*parts[0], *parts[1])
+    torch.testing.assert_close(merged[0], whole[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged[1], whole[1], atol=1e-5, rtol=1e-5)
+    assert not torch.isnan(merged[0]).any()
+
+
+@given(SEEDS, st.integers(1, 3), SIZES, SIZES, st.integers(1, 4))
+def test_column_max_equals_softmax_then_max(seed: int, groups: int, q_len: int, kv_len: int, block: int) -> None:
+    query, keys = random(seed, 2 * groups, q_len, 8), random(seed + 1, 2, kv_len + 3, 8)
+    logits = query.reshape(2, groups, q_len, 8) @ keys.unsqueeze(1).transpose(2, 3) * 0.4
+    expected = torch.softmax(logits, -1)[..., :kv_len].amax(dim=(1, 2))
+    lse = torch.logsumexp(logits, -1).reshape(2 * groups, q_len)
+    got = attention.column_max(query, keys[:, :kv_len], lse, scale=0.4, block_rows=block)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@given(SEEDS, st.integers(-5000, 5000), st.integers(0, 5000), st.sampled_from([8, 6]))
+def test_shifting_a_rotated_key_is_rotating_it_elsewhere(seed: int, offset: int, position: int, rotary: int) -> None:
+    inv_freq = 1.0 / 100 ** (torch.arange(0, rotary, 2).double() / rotary)
+    key = random(seed, 8).double()
+
+    def rotated(at: int) -> torch.Tensor:
+        angle = torch.cat([inv_freq, inv_freq]) * at
+        turn, rest = key[:rotary], key[rotary:]
+        half = torch.cat([-turn[rotary // 2 :], turn[: rotary // 2]])
+        return torch.cat([turn * angle.cos() + half * angle.sin(), rest])
+
+    shifted = rope.shift_keys(rotated(position), inv_freq, offset)
+    torch.testing.assert_close(shifted, rotated(position + offset), atol=1e-9, rtol=1e-9)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 12), st.data())
+def test_top_mask_is_exact_and_prefers_the_lower_index(seed: int, rows: int, length: int, data: st.DataObject) -> None:
+    scores = random(seed, rows, length).round()  # many ties
+    budget = data.draw(st.integers(0, length))
+    mask = selection.top_mask(scores, budget)
+    for row, kept in zip(scores.tolist(), mask.tolist(), strict=True):
+        order = sorted(range(length), key=lambda i: (-row[i], i))
+        assert [i for i in range(length) if kept[i]] == sorted(order[:budget])
+
+
+@settings(max_examples=50)
+@given(SEEDS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.data())
+def test_selections_keep_exact_counts(seed: int, layers: int, heads: int, length: int, data: st.DataObject) -> None:
+    scores = random(seed, layers, heads, length)
+    budget = data.draw(st.integers(1, scores.numel()))
+    assert selection.select_global(scores, budget).sum() == budget
+    per_layer = selection.select_layer(scores, budget).sum(dim=(1, 2))
+    assert per_layer.sum() == budget and per_layer.max() - per_layer.min() <= 1
+    per_head = selection.select_uniform(scores, budget).sum(dim=2)
+    assert per_head.sum() == budget and per_head.max() - per_head.min() <= 1
+    whole = selection.select_heads(scores, budget).sum(dim=2)
+    assert set(whole.flatten().tolist()) <= {0, length} and whole.sum() > 0
+
+
+def test_the_official_rule_keeps_strictly_more_than_its_threshold() -> None:
+    scores = torch.tensor([[[4.0, 3.0, 2.0, 1.0]]])
+    assert selection.select_above(scores, 0.75).tolist() == [[[True, True, False, False]]]
+    assert selection.select_above(torch.ones(1, 1, 4), 0.5).sum() == 0
+    assert selection.select_above(scores, 1.0).all()
+
+
+@pytest.mark.parametrize("budget", [-1, 5])
+def test_top_mask_refuses_a_budget_out_of_range(budget: int) -> None:
+    with pytest.raises(BudgetError, match="out of range"):
+        selection.top_mask(torch.zeros(1, 4), budget)
+
+
+def test_top_mask_refuses_nan() -> None:
+    with pytest.raises(BudgetError, match="NaN"):
+        selection.top_mask(torch.tensor([[0.0, float("nan")]]), 1)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 9))
+def test_pack_and_unpack(seed: int, heads: int, length: int) -> None:
+    pairs, mask = random(seed, heads, length, 4), random(seed + 1, heads, length) > 0
+    packed, offsets = ragged.pack(pairs, mask), ragged.cu_seqlens_of(mask).tolist()
+    assert offsets[0] == 0 and offsets[-1] == len(packed)
+    for head in range(heads):
+        assert torch.equal(packed[offsets[head] : offsets[head + 1]], pairs[head][mask[head]])
+    assert torch.equal(ragged.unpack(packed, mask), pairs * mask.unsqueeze(-1))
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(0, 20))
+def test_bits_round_trip(seed: int, heads: int, length: int) -> None:
+    mask = random(seed, 2, heads, length) > 0
+    bits = ragged.pack_bits(mask)
+    assert bits.numel() == -(-mask.numel() // 8)
+    assert torch.equal(ragged.unpack_bits(bits, tuple(mask.shape)), mask)
