@@ -142,7 +142,7 @@ class RaggedContext:
 
     @property
     def kept_shape(self) -> tuple[int, int, int]:
-        return len(self.full_layers), self.layers[0].num_kv_heads, self.context_len
+        return len(self.full_layers), self.layers[self.full_layers[0]].num_kv_heads, self.context_len
 
     @property
     def keep_mask(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvzip.errors import ModelError
-from kvzip.models.fetch import cache_dir
+from kvzip.models.cache import cache_dir
 
 
 def profile_path(fingerprint: str) -> Path:

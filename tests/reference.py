@@ -57,6 +57,7 @@ class Reference:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.known: tuple[Tensor, DynamicCache] | None = None
 
     def __enter__(self) -> Reference:
         AttentionInterface.register(NAME, attention)
@@ -73,29 +74,22 @@ class Reference:
     def logits(self, ids: Tensor, last: int, evicted: dict[int, Tensor] | None = None, split: int = 0) -> Tensor:
         """[last, V] logits of the last tokens of `ids` [T].
 
-        evicted: pairs that the tokens from `split` on may not attend to; the first `split` tokens see everything.
+        evicted: pairs that the tokens from `split` on may not attend to; the first `split` tokens see everything, and
+        their cache is kept for the next call with the same first tokens.
         """
-        cache = DynamicCache()
         STATE.evicted.clear()
-        if split:
-            self.model(ids[None, :split], past_key_values=cache)
+        cache = self._read(ids[:split]) if split else DynamicCache()
         STATE.evicted.update(evicted or {})
-        return self.model(ids[None, split:], past_key_values=cache).logits[0, -last:]
+        logits = self.model(ids[None, split:], past_key_values=cache, logits_to_keep=last).logits[0]
+        if split:
+            cache.crop(split - len(ids))
+        return logits
 
-    @torch.inference_mode()
-    def greedy(self, ids: Tensor, count: int, evicted: dict[int, Tensor] | None = None, split: int = 0) -> list[int]:
-        """`count` greedy tokens after `ids` [T]; no end token stops it."""
-        cache = DynamicCache()
-        STATE.evicted.clear()
-        if split:
-            self.model(ids[None, :split], past_key_values=cache)
-        STATE.evicted.update(evicted or {})
-        step, new = ids[split:], []
-        for _ in range(count):
-            token = self.model(step[None], past_key_values=cache).logits[0, -1].argmax()
-            new.append(int(token))
-            step = token[None]
-        return new
+    def _read(self, ids: Tensor) -> DynamicCache:
+        if self.known is None or not torch.equal(self.known[0], ids):
+            self.known = (ids, DynamicCache())
+            self.model(ids[None], past_key_values=self.known[1], logits_to_keep=1)
+        return self.known[1]
 
     @torch.inference_mode()
     def scores(
@@ -112,11 +106,11 @@ class Reference:
         replays: (chunk, ids that repeat it).  scale_of: layer -> softmax scale, None = 1/sqrt(D).
         """
         rows = []
+        whole = torch.cat([prefix, context])
         for chunk, ids in replays:
-            everything = torch.cat([prefix, context, ids])
-            cache = DynamicCache()
-            self.model(everything[None, : len(everything) - len(ids)], past_key_values=cache)
-            self.model(everything[None, len(everything) - len(ids) :], past_key_values=cache)
+            cache = self._read(whole)
+            self.model(ids[None], past_key_values=cache, logits_to_keep=1)
+            cache.crop(-len(ids))
             rows.append(
                 torch.stack(
                     [self._chunk_scores(i, len(prefix), chunk, len(ids), scale_of, softcap) for i in full_layers]
@@ -143,3 +137,16 @@ class Reference:
         logits[..., -q_len:] = logits[..., -q_len:].masked_fill(future, -torch.inf)
         weights = torch.softmax(logits, dim=-1)[..., prefix_len:-q_len]  # [Hq, T, m]
         return weights.amax(dim=1).reshape(keys.shape[0], groups, -1).amax(dim=1)
+
+
+class Unwrapped:
+    """The model's former attention for a moment, inside a `Reference` block."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    def __enter__(self) -> None:
+        self.reference.model.set_attn_implementation(self.reference.before)
+
+    def __exit__(self, *exc: object) -> None:
+        self.reference.model.set_attn_implementation(NAME)

@@ -1,0 +1,399 @@
+"""The .kvz file: a compressed context, and maybe the tail of a session, as one safetensors file.
+
+    write(path, context, tail) ──► file ──► read(path) ──► context, tail
+
+`docs/file-format.md` is the format itself. A file is written whole or not at all. Reading maps the tensors
+into memory and runs no code; whatever the file holds, the outcome is the context that was written, or an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvzip.context import ContextInfo, RaggedContext, RaggedLayer, SavedTail
+from kvzip.errors import FileError, FormatError, InputError, ModelMismatchError
+from kvzip.ops.ragged import unpack_bits
+
+FORMAT_VERSION = 1
+MAX_HEADER_NBYTES = 1 << 24
+MAX_HEAD_DIM = 1 << 16
+MAX_JSON_DEPTH = 16
+KV_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {**KV_DTYPES, "I32": torch.int32, "U8": torch.uint8}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+REMAKE = "make the file again with `kvzip compress`"
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+Spec: TypeAlias = tuple[str, tuple[int, ...]]  # dtype code, shape
+_safe_open: Callable[..., Any] = safe_open  # the library's own types are not complete
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What the header of a .kvz file says.
+
+    windows: sliding window of each layer in tokens, None in a full-attention layer.  kv_nbytes: bytes of keys,
+    values, offsets and biases of all layers.  has_tail: whether a session was stored beside the context.
+    turns: its (question, answer) pairs.  turn_starts: how many tokens of the tail came before each turn.
+    """
+
+    info: ContextInfo
+    windows: tuple[int | None, ...]
+    prefix_len: int
+    context_len: int
+    kv_nbytes: int
+    has_tail: bool
+    turns: tuple[tuple[str, str], ...]
+    turn_starts: tuple[int, ...]
+
+
+class _Refused(Exception):
+    """Why a file, or a context that is to become one, can't be used."""
+
+    def __init__(self, reason: str, remedy: str = REMAKE) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+def write(path: StrPath, context: RaggedContext, tail: SavedTail | None = None) -> int:
+    """Store a context, and the tail of a session if given; returns the bytes written.
+
+    The file appears whole, in place of an older one, or not at all: on any failure the older file stays.
+    Tensors come to the host a few at a time. The same context gives the same bytes.
+    Raises FileError if the folder or the disk refuses, InputError if the parts of the context do not fit.
+    """
+    tensors = _tensors_of(context, tail)
+    try:
+        specs = {name: (CODES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
+        metadata = _metadata_of(context, tail)
+        _check_contents(tensors, _check_header(metadata, specs).windows)
+        metadata["sha256"] = _digest(metadata, specs, tensors)
+        header = _header(metadata, specs, tensors)
+    except (_Refused, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"can't store this context: {_one_line(error)}; compress the text again") from error
+    nbytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        _replace(path, chain([header], map(_bytes_of, tensors.values())))
+    except (OSError, ValueError) as error:
+        raise _os_error(f"write {nbytes} bytes to", path, error) from error
+    return nbytes
+
+
+def read(path: StrPath, *, verify: bool = True) -> tuple[RaggedContext, SavedTail | None]:
+    """Open a stored context, and the tail stored beside it.
+
+    Tensors are mapped from the file and loaded by the page when first touched; the file is never written to.
+    verify: compare the sha256, which reads the whole file once.
+    Raises FileError (no such file, no permission), FormatError (not ours, damaged, or of a later format).
+    """
+    with _opened(path) as mapped:
+        metadata, specs = mapped.metadata() or {}, _specs_in(mapped)
+        header = _check_header(metadata, specs)
+        tensors: dict[str, Tensor] = {name: mapped.get_tensor(name) for name in specs}
+        if verify and metadata.get("sha256") != _digest(metadata, specs, tensors):
+            raise _Refused("its sha256 does not match its contents, so it is damaged")
+        _check_contents(tensors, header.windows)
+        return _context_of(tensors, header), _tail_of(tensors, header)
+
+
+def read_info(path: StrPath) -> FileInfo:
+    """What the header of a file says; the tensors are neither read nor verified. Raises as `read` does."""
+    with _opened(path) as mapped:
+        return _check_header(mapped.metadata() or {}, _specs_in(mapped))
+
+
+def check_fingerprint(info: ContextInfo, fingerprint: str, path: StrPath) -> None:
+    """Refuse a file that another model or tokenizer made. Raises ModelMismatchError."""
+    if info.fingerprint != fingerprint:
+        made_with = f"{_short(info.model)} ({_short(info.fingerprint)}), but the loaded model is {_short(fingerprint)}"
+        remedy = f"load the model of the file, or {REMAKE}"
+        raise ModelMismatchError(f"{os.fspath(path)!r} was made with {made_with}; {remedy}")
+
+
+def _tensors_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, Tensor]:
+    """All tensors by name, in the order of the file: wide dtypes first, so that each is aligned."""
+    tensors = {name: getattr(context, name) for name in ("prefix_ids", "context_ids", "kept_bits", "ranks")}
+    for i, layer in enumerate(context.layers):
+        tensors |= {f"layers.{i}.keys": layer.keys, f"layers.{i}.values": layer.values}
+        tensors |= {f"layers.{i}.cu_seqlens": layer.cu_seqlens, f"layers.{i}.bias": layer.bias}
+    if tail is not None:
+        tensors["tail.token_ids"] = tail.token_ids
+        tensors |= {f"tail.{i}.keys": keys for i, keys in enumerate(tail.keys)}
+        tensors |= {f"tail.{i}.values": values for i, values in enumerate(tail.values)}
+    present = [(name, tensor.detach()) for name, tensor in tensors.items() if tensor is not None]
+    return dict(sorted(present, key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def _metadata_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, str]:
+    turns, starts = (tail.turns, tail.turn_starts) if tail is not None else ((), ())
+    if len(turns) != len(starts):
+        raise _Refused(f"it has {len(turns)} turns, but {len(starts)} turn starts")
+    values = {
+        "info": context.info.to_dict(),
+        "windows": [layer.window for layer in context.layers],
+        "turns": [[*turn, start] for turn, start in zip(turns, starts, strict=True)],
+    }
+    texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
+    return {"format": "kvzip", "format_version": str(FORMAT_VERSION)} | texts
+
+
+def _context_of(tensors: Mapping[str, Tensor], header: FileInfo) -> RaggedContext:
+    def layer(i: int, window: int | None) -> RaggedLayer:
+        keys, values, offsets = (tensors[f"layers.{i}.{kind}"] for kind in ("keys", "values", "cu_seqlens"))
+        return RaggedLayer(keys, values, offsets, window, tensors.get(f"layers.{i}.bias"))
+
+    layers = tuple(layer(i, window) for i, window in enumerate(header.windows))
+    prefix_ids, context_ids, bits = (tensors[name] for name in ("prefix_ids", "context_ids", "kept_bits"))
+    return RaggedContext(layers, prefix_ids, context_ids, bits, tensors.get("ranks"), header.info)
+
+
+def _tail_of(tensors: Mapping[str, Tensor], header: FileInfo) -> SavedTail | None:
+    if not header.has_tail:
+        return None
+    layers = range(len(header.windows))
+    keys, values = (tuple(tensors[f"tail.{i}.{kind}"] for i in layers) for kind in ("keys", "values"))
+    return SavedTail(keys, values, tensors["tail.token_ids"], header.turns, header.turn_starts)
+
+
+def _check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> FileInfo:
+    """Metadata, then tensors. Format and version come first: a later version may have other rules."""
+    if metadata.get("format") != "kvzip":
+        raise _Refused("kvzip did not write it")
+    version = metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        is_later = version.isascii() and version.isdecimal() and int(version[:9]) > FORMAT_VERSION
+        reason = f"its format version is {_short(version)}, this kvzip reads version {FORMAT_VERSION}"
+        raise _Refused(reason, "upgrade kvzip: pip install -U kvzip" if is_later else REMAKE)
+    windows, turns = _parse(metadata, "windows", list, _is_window), _parse(metadata, "turns", list, _is_turn)
+    _check_specs(specs, windows)
+    has_tail = "tail.token_ids" in specs
+    bounds = [0, *(start for _, _, start in turns), specs["tail.token_ids"][1][0] if has_tail else 0]
+    if bounds != sorted(bounds):
+        raise _Refused("the starts of its turns do not rise within its tail")
+    nbytes = {name: math.prod(shape) * DTYPES[code].itemsize for name, (code, shape) in specs.items()}
+    return FileInfo(
+        info=_info_of(_parse(metadata, "info", dict, lambda key: True)),
+        windows=tuple(windows),
+        prefix_len=specs["prefix_ids"][1][0],
+        context_len=specs["context_ids"][1][0],
+        kv_nbytes=sum(n for name, n in nbytes.items() if name.startswith("layers.")),
+        has_tail=has_tail,
+        turns=tuple((question, answer) for question, answer, _ in turns),
+        turn_starts=tuple(bounds[1:-1]),
+    )
+
+
+def _is_window(value: Any) -> bool:
+    return value is None or (type(value) is int and 0 < value < 1 << 31)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, list) and [type(member) for member in value] == [str, str, int]
+
+
+def _info_of(data: dict[str, Any]) -> ContextInfo:
+    hints = get_type_hints(ContextInfo)
+    for field in fields(ContextInfo):
+        allowed = {get_origin(hint) or hint for hint in get_args(hints[field.name]) or (hints[field.name],)}
+        kind = type(data.get(field.name, field.default))  # without a default: a type that is never allowed
+        if kind not in allowed and not (kind is int and float in allowed):
+            raise _Refused(f"{field.name!r} in its 'info' is missing or of a wrong type")
+    return ContextInfo.from_dict(data)
+
+
+def _parse(metadata: Mapping[str, str], name: str, kind: Any, is_member: Callable[[Any], bool]) -> Any:
+    """The JSON of a metadata value: a `kind` whose members (of a dict: whose keys) pass `is_member`."""
+    try:
+        value = json.loads(metadata.get(name, ""))
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"its {name!r} is missing or not valid JSON ({error})") from None
+    if not isinstance(value, kind) or not all(map(is_member, value)) or not _is_plain(value, MAX_JSON_DEPTH):
+        raise _Refused(f"its {name!r} has members of a wrong type or out of range, or is nested too deeply")
+    return value
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether a JSON value is at most `depth` levels deep and holds no NaN or infinity."""
+    if isinstance(value, dict | list):
+        members = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(member, depth - 1) for member in members)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None]) -> None:
+    """Exactly the tensors of the format, each of the dtype and shape that the others ask for."""
+    kv_code = specs.get("layers.0.keys", ("", ()))[0]
+    if kv_code not in KV_DTYPES or 3 * len(windows) > len(specs):
+        raise _Refused(f"it lacks keys for {len(windows)} layers in one of the dtypes {', '.join(KV_DTYPES)}")
+    expected: dict[str, Spec] = {n: ("I32", _shape(specs, n, 1)) for n in ("prefix_ids", "context_ids")}
+    heads = []  # number and size of the KV heads of each layer
+    for i in range(len(windows)):
+        offsets, pairs = _shape(specs, f"layers.{i}.cu_seqlens", 1), _shape(specs, f"layers.{i}.keys", 2)
+        expected |= {f"layers.{i}.keys": (kv_code, pairs), f"layers.{i}.values": (kv_code, pairs)}
+        expected |= {f"layers.{i}.cu_seqlens": ("I32", offsets), f"layers.{i}.bias": ("F32", pairs[:1])}
+        heads.append((offsets[0] - 1, pairs[1]))
+    full = [size for size, window in zip(heads, windows, strict=True) if window is None]
+    if len(set(full)) != 1 or not all(number > 0 and 0 < dim <= MAX_HEAD_DIM for number, dim in heads):
+        raise _Refused("the numbers or sizes of its KV heads do not fit together")
+    kept_shape = (len(full), full[0][0], specs["context_ids"][1][0])
+    expected |= {"kept_bits": ("U8", ((math.prod(kept_shape) + 7) // 8,)), "ranks": ("U8", kept_shape)}
+    if "tail.token_ids" in specs:
+        tail_len, ids = _shape(specs, "tail.0.keys", 4)[2], _shape(specs, "tail.token_ids", 1)
+        expected["tail.token_ids"] = ("I32", ids if ids[0] == tail_len + 1 else (tail_len,))
+        tails = [(kv_code, (1, number, tail_len, dim)) for number, dim in heads]
+        expected |= {f"tail.{i}.{kind}": spec for i, spec in enumerate(tails) for kind in ("keys", "values")}
+    for name in sorted(specs.keys() | expected.keys()):
+        is_absent = name not in specs and (name == "ranks" or name.endswith(".bias"))
+        if not is_absent and specs.get(name) != expected.get(name):
+            got, wanted = specs.get(name, "missing"), expected.get(name, "none of that name")
+            raise _Refused(f"tensor {_short(name)} is {got}, expected {wanted}")
+
+
+def _shape(specs: Mapping[str, Spec], name: str, num_dims: int) -> tuple[int, ...]:
+    if name not in specs or len(specs[name][1]) != num_dims:
+        raise _Refused(f"tensor {name!r} is {specs.get(name, 'missing')}, expected {num_dims} dimensions")
+    return specs[name][1]
+
+
+def _check_contents(tensors: Mapping[str, Tensor], windows: Sequence[int | None]) -> None:
+    """Offsets, ids and keep mask fit together. `_check_header` has passed."""
+    for name in ("prefix_ids", "context_ids", "tail.token_ids"):
+        if name in tensors and bool((tensors[name] < 0).any()):
+            raise _Refused(f"{name!r} has a negative token id")
+    prefix_len, context_len = tensors["prefix_ids"].numel(), tensors["context_ids"].numel()
+    full = []
+    for i, window in enumerate(windows):
+        offsets, num_pairs = tensors[f"layers.{i}.cu_seqlens"].cpu().long(), len(tensors[f"layers.{i}.keys"])
+        seqlens = offsets.diff()
+        if int(offsets[0]) != 0 or int(offsets[-1]) != num_pairs or bool((seqlens < 0).any()):
+            raise _Refused(f"the offsets of layer {i} must rise from 0 to its {num_pairs} pairs")
+        if window is None:
+            full.append(seqlens)
+        elif len(set(seqlens.tolist())) > 1 or int(seqlens[0]) > min(window, prefix_len + context_len):
+            raise _Refused(f"the heads of sliding-window layer {i} do not hold the same last tokens")
+    bits, num_entries = tensors["kept_bits"].cpu(), len(full) * full[0].numel() * context_len
+    kept = unpack_bits(bits, (len(full), full[0].numel(), context_len)).sum(dim=-1)
+    if not torch.equal(kept + prefix_len, torch.stack(full)):
+        raise _Refused("its keep mask does not match the pairs that its heads hold")
+    if num_entries % 8 and int(bits[-1]) >> num_entries % 8:
+        raise _Refused("its keep mask has bits set after the last entry")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; a copy only where it is strided or on a device."""
+    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _digest(metadata: Mapping[str, str], specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors, and all metadata but `sha256` itself."""
+    names = sorted(specs)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        sums = list(pool.map(lambda name: hashlib.sha256(_bytes_of(tensors[name])).hexdigest(), names))
+    texts = sorted(item for item in metadata.items() if item[0] != "sha256")
+    lines = [f"meta {key} {hashlib.sha256(text.encode()).hexdigest()}\n" for key, text in texts]
+    for name, digest in zip(names, sums, strict=True):
+        lines.append(f"tensor {name} {specs[name][0]} {'x'.join(map(str, specs[name][1]))} {digest}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _header(metadata: dict[str, str], specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> bytes:
+    """What stands before the data in a safetensors file.
+
+    Not by the library's `save_file`: it orders metadata at random and wants all tensors on the host at once.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": specs[name][0], "shape": specs[name][1], "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_NBYTES:
+        raise _Refused(f"its header takes {len(text)} bytes, allowed: {MAX_HEADER_NBYTES}")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _replace(path: StrPath, pieces: Iterable[bytes | memoryview]) -> None:
+    """Put a file with these pieces at `path`, in one step, or leave what is there."""
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):  # a folder; or a device, which must stay one
+        raise OSError(errno.EINVAL, "Not a regular file")
+    folder = os.path.dirname(target)
+    temporary = os.path.join(folder, f".kvzip-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with suppress(OSError):  # some systems can't open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _opened(path: StrPath) -> Iterator[Any]:
+    """The mapped file. What goes wrong inside leaves as FileError or FormatError, a line that names the file.
+
+    safe_open opens its path twice. By its descriptor, where the system has names for these, both are the same
+    file even while another process puts a new one in its place.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
+            raise OSError(errno.EINVAL, "Not a regular file")
+        with open(path, "rb") as file:
+            size, header_len = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if not 2 <= header_len <= min(size - 8, MAX_HEADER_NBYTES):
+                raise _Refused("it is cut short, or not a safetensors file")
+            name = f"/dev/fd/{file.fileno()}"
+            with _safe_open(name if os.path.exists(name) else os.fspath(path), framework="pt") as mapped:
+                yield mapped
+    except OSError as error:
+        raise _os_error("read", path, error) from error
+    except (_Refused, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        remedy = getattr(error, "remedy", REMAKE)
+        raise FormatError(f"can't use {os.fspath(path)!r}: {_one_line(error)}; {remedy}") from error
+
+
+def _specs_in(mapped: Any) -> dict[str, Spec]:
+    slices = ((name, mapped.get_slice(name)) for name in mapped.keys())  # noqa: SIM118
+    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices}
+
+
+def _os_error(action: str, path: StrPath, error: OSError | ValueError) -> FileError:
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some space or use another disk" if is_full else "check the path, its folder and permissions"
+    reason = getattr(error, "strerror", None) or _one_line(error)
+    return FileError(f"can't {action} {os.fspath(path)!r}: {reason}; {remedy}")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 48 else f"{text[:28]}...{text[-16:]}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."

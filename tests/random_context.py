@@ -1,0 +1,81 @@
+"""Random compressed contexts: ragged, with empty heads, sliding windows, biases, ranks and tails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvzip.context import ContextInfo, RaggedContext, RaggedLayer, SavedTail
+from kvzip.ops.ragged import pack_bits
+
+INFO = ContextInfo(
+    model="tiny",
+    fingerprint="TinyForCausalLM:0123456789abcdef01234567",
+    method="kvzip",
+    dtype="float32",
+    keep_ratio_asked=0.3,
+    budget_asked=None,
+    keep_ratio=0.3125,
+    full_kv_nbytes=4096,
+    source="Übersicht \U0001f600 \n 2.txt",
+    loss={"kl": 0.125, "n": 3, "per_question": [0.25, 0.0]},
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a random context looks like.
+
+    windows: one a layer, None = full attention, at least one None.  keep: chance that a pair of the context is kept.
+    tail_len: tokens of the stored session, or None for no session.  num_pending: 0 or 1 ids not yet in the tail.
+    """
+
+    windows: tuple[int | None, ...] = (None, 5, None)
+    num_kv_heads: int = 2
+    head_dim: int = 4
+    prefix_len: int = 3
+    context_len: int = 11
+    keep: float = 0.4
+    dtype: torch.dtype = torch.float32
+    has_bias: bool = False
+    has_ranks: bool = True
+    tail_len: int | None = None
+    num_pending: int = 0
+    turns: tuple[tuple[str, str], ...] = ()
+
+
+def random_context(shape: Shape, seed: int = 0) -> tuple[RaggedContext, SavedTail | None]:
+    """A context of that shape and its tail; the same one for the same seed."""
+    rng = torch.Generator().manual_seed(seed)
+    mask_shape = (shape.windows.count(None), shape.num_kv_heads, shape.context_len)
+    masks = torch.rand(mask_shape, generator=rng) < shape.keep
+    ranks = torch.randint(0, 256, mask_shape, generator=rng, dtype=torch.uint8) if shape.has_ranks else None
+    full = iter(masks)
+    layers = tuple(_layer(shape, window, None if window else next(full), rng) for window in shape.windows)
+    ids = torch.randint(0, 50_000, (shape.prefix_len + shape.context_len,), generator=rng, dtype=torch.int32)
+    prefix_ids, context_ids = ids[: shape.prefix_len], ids[shape.prefix_len :]
+    context = RaggedContext(layers, prefix_ids, context_ids, pack_bits(masks), ranks, INFO)
+    return context, None if shape.tail_len is None else _tail(shape, shape.tail_len, rng)
+
+
+def _layer(shape: Shape, window: int | None, mask: Tensor | None, rng: torch.Generator) -> RaggedLayer:
+    if mask is None:
+        num_recent = min(window or 0, shape.prefix_len + shape.context_len + 1) - 1
+        seqlens = torch.full((shape.num_kv_heads,), num_recent)
+    else:
+        seqlens = mask.sum(dim=-1) + shape.prefix_len
+    offsets = torch.cat([torch.zeros(1), seqlens.cumsum(0)]).to(torch.int32)
+    num_pairs = int(offsets[-1])
+    keys, values = torch.randn(2, num_pairs, shape.head_dim, generator=rng).to(shape.dtype)
+    bias = torch.randn(num_pairs, generator=rng) if shape.has_bias else None
+    return RaggedLayer(keys, values, offsets, window, bias)
+
+
+def _tail(shape: Shape, tail_len: int, rng: torch.Generator) -> SavedTail:
+    size = (len(shape.windows), 1, shape.num_kv_heads, tail_len, shape.head_dim)
+    keys, values = (torch.randn(size, generator=rng).to(shape.dtype) for _ in range(2))
+    token_ids = torch.randint(0, 50_000, (tail_len + shape.num_pending,), generator=rng, dtype=torch.int32)
+    starts = tuple(token_ids.numel() * i // len(shape.turns) for i in range(len(shape.turns)))
+    return SavedTail(tuple(keys), tuple(values), token_ids, shape.turns, starts)
