@@ -31,7 +31,7 @@ from kvzip.errors import (
 if TYPE_CHECKING:
     from kvzip.generation import Answer
     from kvzip.llm import LLM, CompressedContext, CompressOptions, Prefilled
-    from kvzip.load import load, wrap
+    from kvzip.loading import load, wrap
     from kvzip.session import Session
 
 _LAZY = {
@@ -41,8 +41,8 @@ _LAZY = {
     "LLM": "kvzip.llm",
     "Prefilled": "kvzip.llm",
     "Session": "kvzip.session",
-    "load": "kvzip.load",
-    "wrap": "kvzip.load",
+    "load": "kvzip.loading",
+    "wrap": "kvzip.loading",
 }
 
 __all__ = [

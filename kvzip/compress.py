@@ -206,7 +206,7 @@ def pool_ranks(scores: Tensor, pool_dims: tuple[bool, bool]) -> Tensor:
 
     pool_dims: whether layers, and heads, share a pool.
     """
-    num_layers, num_kv_heads, length = scores.shape
+    num_layers, num_kv_heads, _ = scores.shape
     num_pools = (1 if pool_dims[0] else num_layers) * (1 if pool_dims[1] else num_kv_heads)
     pools = scores.reshape(num_pools, -1)
     order = pools.argsort(dim=1, descending=True, stable=True)

@@ -121,6 +121,11 @@ class LLM:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         return torch.tensor(ids, dtype=torch.int64)
 
+    def prefix_ids(self, system: str | None = None, instruction: str | None = None) -> list[int]:
+        """Ids of what stands before a context."""
+        template = make_template(self.tokenizer, system=system, instruction=instruction, thinking=self.thinking)
+        return self._template_ids(template.before)
+
     def question_ids(self, question: str, *, first: bool = True) -> list[int]:
         """Ids of a question with the template around it.  first: right after the context, not after an answer."""
         lead = self.template.question if first else self.template.between
@@ -163,14 +168,13 @@ class LLM:
         if not isinstance(text, str) or not text.strip():
             raise InputError("the context is empty: give a text of at least one word")
         reset_peak_rss()
-        template = make_template(self.tokenizer, system=system, instruction=instruction, thinking=self.thinking)
-        prefix_ids = torch.tensor(self._template_ids(template.before), dtype=torch.int64)
+        prefix_ids = torch.tensor(self.prefix_ids(system, instruction), dtype=torch.int64)
         return Prefilled(self, prefix_ids, self.tokenize(text), (system, instruction, source), progress)
 
     def open(self, path: str | Path) -> CompressedContext:
         """The context saved at `path`, memory-mapped.
 
-        Raises FormatError (not a .kvz, damaged, other version), ModelMismatchError (made with another model), FileError.
+        Raises FormatError (not a .kvz, damaged, of another version), ModelMismatchError (of another model), FileError.
         """
         return CompressedContext(self, self._read(path)[0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -28,10 +29,8 @@ def peak_rss_nbytes() -> int:
 
 def reset_peak_rss() -> None:
     """Start `peak_rss_nbytes` anew, where the system allows it (Linux)."""
-    try:
+    with suppress(OSError):  # the peak then is the whole process's, which is what it says
         Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak then is the whole process's, which is what it says
 
 
 def _status(key: str) -> int:

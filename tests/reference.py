@@ -29,7 +29,7 @@ def attention(
     module, query, key, value, attention_mask=None, scaling=None, softcap=None, sliding_window=None, **kwargs
 ):
     """Everything at once in float32: logits, soft cap, causal and window masks by index, evicted pairs, softmax."""
-    batch, num_heads, q_len, head_dim = query.shape
+    num_heads, q_len, head_dim = query.shape[1:]
     groups = num_heads // key.shape[1]
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = query @ keys.transpose(2, 3) * (scaling if scaling is not None else head_dim**-0.5)

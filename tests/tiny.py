@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import AddedToken, Tokenizer, models
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -11,6 +15,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -51,3 +56,27 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A model of that family with random weights, float32, on the CPU."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHATML, bos: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with ChatML's special tokens; ids fit the tiny models."""
+    backend = Tokenizer(models.BPE(vocab={c: i + 8 for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    specials = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
+    backend.add_special_tokens([AddedToken(t, special=True) for t in specials])
+    if bos:
+        backend.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", backend.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        chat_template=chat_template,
+    )

@@ -45,15 +45,15 @@ class ReplayView(View):
         self.layer, self.replay = layer, replay
 
     def attend(self, query: Tensor, call: Call) -> Tensor:
-        scored = self.attend_tail(query, call)
-        rp = self.replay
-        for part in (slice(0, rp.prefix_len), slice(rp.start, rp.end)):
-            scored = self._merge(query, call, part, scored)
+        rp, scored = self.replay, self.attend_tail(query, call)
+        if rp.start == rp.prefix_len:
+            scored = self._merge(query, call, slice(0, rp.end), scored)
+        else:
+            scored = self._merge(query, call, slice(0, rp.prefix_len), scored)
+            scored = self._merge(query, call, slice(rp.start, rp.end), scored)
         self._show(query, call, scored[1])
-        out = scored
-        for part in (slice(rp.prefix_len, rp.start), slice(rp.end, self.layer.length)):
-            out = self._merge(query, call, part, out)
-        return out[0]
+        out = self._merge(query, call, slice(rp.prefix_len, rp.start), scored)
+        return self._merge(query, call, slice(rp.end, self.layer.length), out)[0]
 
     def _merge(self, query: Tensor, call: Call, part: slice, so_far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if part.start == part.stop:

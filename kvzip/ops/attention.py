@@ -56,11 +56,9 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     out_*: [..., T, D].  lse_*: [..., T] float32; -inf means the row saw nothing in that part.
     Returns (out, lse) of the union.  Source: FlashAttention's split-K reduction (arXiv 2205.14135).
     """
-    lse = torch.logaddexp(lse_a, lse_b)
-    base = lse.clamp_min(torch.finfo(torch.float32).min)
-    weight_a = torch.exp(lse_a - base).unsqueeze(-1)
-    weight_b = torch.exp(lse_b - base).unsqueeze(-1)
-    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+    weight_a = torch.sigmoid(lse_a - lse_b).nan_to_num_(0.0)  # -inf - -inf: neither part saw anything
+    out = torch.lerp(out_b, out_a, weight_a.unsqueeze(-1).to(out_a.dtype))
+    return out, torch.logaddexp(lse_a, lse_b)
 
 
 def column_max(

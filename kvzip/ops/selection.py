@@ -15,7 +15,7 @@ def top_mask(scores: Tensor, budget: int) -> Tensor:
     Returns [R, S] bool with exactly `budget` True a row; of equal scores the lower index is kept.
     Raises BudgetError where the budget is out of range or a score is NaN.
     """
-    num_rows, length = scores.shape
+    length = scores.shape[1]
     if not 0 <= budget <= length:
         raise BudgetError(f"budget {budget} is out of range: a row has {length} KV pairs")
     if torch.isnan(scores).any():

@@ -34,7 +34,8 @@ def load(
 
     name_or_path: a name of the catalogue (`kvzip models`), a Hugging Face id, a local folder, or a .gguf file.
     dtype: "auto", "float32", "float16", "bfloat16" or a torch dtype; "auto" takes bfloat16 on a GPU that has it and
-    float32 elsewhere (on most CPUs a bfloat16 product is hundreds of times slower).  device: "auto" takes CUDA if present.
+    float32 elsewhere (on most CPUs a bfloat16 product is hundreds of times slower).
+    device: "auto" takes CUDA if present.
     thinking: let a thinking model think before it answers.  progress: called while a model is fetched.
     from_pretrained: passed on to transformers' `from_pretrained` (revision, token, device_map, ...).
     Raises UnknownNameError, FetchError, or ModelError with the reason.

@@ -1,0 +1,131 @@
+"""Samples, their spread, and where they were taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvzip._version import __version__
+from kvzip.memory import peak_rss_nbytes, reset_peak_rss, rss_nbytes
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Median, extremes, number and the values themselves."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+        "values": values,
+    }
+
+
+def timed(work: Callable[[], Any], device: torch.device | None = None) -> tuple[float, Any]:
+    """Seconds that `work` takes, the device synchronised before and after, and what it returns."""
+    _synchronize(device)
+    started = time.perf_counter()
+    result = work()
+    _synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def peak_over(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes by which resident memory rose at most while `work` ran, and what it returns."""
+    before = rss_nbytes()
+    reset_peak_rss()
+    result = work()
+    return max(0, peak_rss_nbytes() - before), result
+
+
+def paired(num_runs: int, works: dict[str, Callable[[], float]], warmup: int = 1) -> dict[str, list[float]]:
+    """Run each of `works` in turn, A B A B ..., `warmup` rounds uncounted; the number each returns, by name."""
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for round_ in range(warmup + num_runs):
+        for name, work in works.items():
+            value = work()
+            if round_ >= warmup:
+                samples[name].append(value)
+    return samples
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Pair by pair."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Everything a reader needs to know about where a number comes from, but the number itself."""
+    return {
+        "command": " ".join(["kvzip", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "kvzip": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_result(result: dict[str, Any], path: str | Path) -> None:
+    """One JSON file, indented, so that a change of it can be read."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout this runs from, `+` if it was changed since; empty outside of one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return ""
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return run.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory_gib() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return 0.0
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,46 @@
+"""Texts to measure on."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from kvzip.errors import InputError
+from kvzip.llm import LLM
+
+
+def bench_text(llm: LLM, context_len: int, path: str | None = None) -> str:
+    """About `context_len` tokens of text.
+
+    path: a text file, or a SQuAD JSON file whose articles are joined; None = the bundled text, repeated if need be.
+    Raises InputError for a file with too little text.
+    """
+    if context_len < 1:
+        raise InputError(f"context length {context_len} is out of range: give at least 1 token")
+    text = _bundled() if path is None else _read(Path(path))
+    ids = llm.tokenize(text[: 12 * context_len])
+    while path is None and len(ids) < context_len:
+        text = f"{text}\n\n{text}"
+        ids = llm.tokenize(text[: 12 * context_len])
+    if len(ids) < context_len:
+        raise InputError(f"{path} has {len(ids)} tokens: give a longer text, or --context-len {len(ids)}")
+    return str(llm.tokenizer.decode(ids[:context_len]))
+
+
+def _bundled() -> str:
+    return files("kvzip").joinpath("data", "lighthouse.txt").read_text(encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read as UTF-8 text ({error}): give a text or a SQuAD JSON file") from error
+    if path.suffix != ".json":
+        return content
+    try:
+        articles = json.loads(content)["data"]
+        return "\n\n".join(p["context"] for article in articles for p in article["paragraphs"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a SQuAD JSON file ({error!r})") from error
