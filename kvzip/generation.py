@@ -64,8 +64,26 @@ class Clock(StoppingCriteria):
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else 0.0
 
 
+class StopText(StoppingCriteria):
+    """Stops a row once its new tokens spell one of `strings`.
+
+    transformers' own criterion prepares a table over the whole vocabulary, which takes seconds with 262,000 tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_len: int) -> None:
+        self.tokenizer, self.strings, self.prompt_len = tokenizer, strings, prompt_len
+        self.reach = max(len(s.encode()) for s in strings) + 1  # a token has at least one byte
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        tails = self.tokenizer.batch_decode(input_ids[:, self.prompt_len :][:, -self.reach :])
+        found = [any(stop in tail for stop in self.strings) for tail in tails]
+        return torch.tensor(found, device=input_ids.device)
+
+
 class Generator:
     """Calls `generate` of one model with kvzip's defaults: greedy, the model's own end tokens.
+
+    Processors that look at earlier tokens (repetition penalty, n-gram bans) see the conversation, not the context.
 
     stop_strings: end an answer besides the end tokens (models without a chat template).
     """
@@ -91,7 +109,8 @@ class Generator:
     ) -> list[list[int]]:
         """New token ids of each row of `ids` [B, T] (left-padded where `mask` [B, T] is 0), cut after the end token."""
         config, extra = self._config(max_new_tokens, options)
-        extra["stopping_criteria"] = [*extra.get("stopping_criteria", []), clock]
+        stops = [StopText(self.tokenizer, self.stop_strings, ids.shape[1])] if self.stop_strings else []
+        extra["stopping_criteria"] = [*extra.get("stopping_criteria", []), *stops, clock]
         device = self.model.device
         with torch.inference_mode():
             out = self.model.generate(
@@ -104,17 +123,12 @@ class Generator:
         return [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
 
     def _config(self, max_new_tokens: int, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
-        """A generation config of our own, so that none of the model's sampling defaults applies unasked."""
+        """A greedy config unless asked otherwise; what it leaves open comes from the model's own generation config."""
         extra = {k: v for k, v in options.items() if k in ("streamer", "logits_processor", "stopping_criteria")}
-        stops = [*self.stop_strings, *options.get("stop_strings", [])]
-        settings = {k: v for k, v in options.items() if k not in extra and k != "stop_strings"}
-        settings = {
-            "eos_token_id": self.end_ids or None,
-            "pad_token_id": self.pad_id,
-            "do_sample": False,
-        } | settings
-        if stops:
-            settings["stop_strings"], extra["tokenizer"] = stops, self.tokenizer
+        settings = {"eos_token_id": self.end_ids or None, "pad_token_id": self.pad_id, "do_sample": False}
+        settings |= {k: v for k, v in options.items() if k not in extra}
+        if settings.get("stop_strings"):
+            extra["tokenizer"] = self.tokenizer
         return GenerationConfig(max_new_tokens=max_new_tokens, **settings), extra
 
     def _until_end(self, ids: list[int]) -> list[int]:

@@ -34,7 +34,7 @@ def test_ragged_equals_one_dense_call_a_head(
     query = torch.randn(batch, len(lengths) * groups, q_len, 16, generator=torch.Generator().manual_seed(4))
     softcap = 3.0 if capped else None
     out, lse = get_backend(name).attend_ragged(query, layer, scale=0.2, softcap=softcap)
-    for head, (start, end) in enumerate(zip(layer.offsets, layer.offsets[1:])):
+    for head, (start, end) in enumerate(zip(layer.offsets, layer.offsets[1:], strict=False)):
         rows = slice(head * groups, (head + 1) * groups)
         bias = layer.bias[start:end].reshape(1, 1, 1, -1) if with_bias else None
         keys, values = (t[None, None, start:end].expand(batch, -1, -1, -1) for t in (layer.keys, layer.values))

@@ -287,5 +287,9 @@ def test_generate_takes_the_cache(case: SimpleNamespace) -> None:
     torch.manual_seed(3)
     assert first == context.ask(case.questions[0], max_new_tokens=8, do_sample=True, temperature=0.8, top_k=20)
     context.ask(case.questions[0], max_new_tokens=4, streamer=TextStreamer(llm.tokenizer))
+    whole = str(context.ask(case.questions[0], max_new_tokens=NEW_TOKENS))
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    stopped = context.ask(case.questions[0], max_new_tokens=NEW_TOKENS, stop_strings=[stop])
+    assert stop in stopped and len(stopped) < len(whole)
     beams = context.ask(case.questions[0], max_new_tokens=8, num_beams=2)
     assert beams.num_new_tokens > 0

@@ -1,0 +1,55 @@
+# Each target makes what it needs: `make demo` or `make test` is all that a fresh clone takes.
+#
+#   PYTHON=python3.12           the Python that .venv is made with
+#   PIP_ARGS="..."              further arguments of pip, say to choose a build of torch (CONTRIBUTING.md)
+#   PYTEST_ARGS="..."           further arguments of pytest: make test PYTEST_ARGS="-m 'not real'"
+#   BENCH_MODELS, BENCH_LENS, BENCH_TEXT   what `make bench` measures
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RESULTS := bench/results
+BENCH_MODELS ?= smollm2-135m qwen2.5-coder-0.5b
+BENCH_LENS ?= 2000 6000
+BENCH_TEXT ?= $(wildcard ../shared/data/xquad.en.dev.json)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## Make .venv with the package and all that its tests need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvzip needs Python 3.10 or later, $(PYTHON) is " + sys.version.split()[0] + ": make venv PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
+
+demo: venv ## The two-minute tour: a real model, full cache and compressed cache side by side
+	$(BIN)/kvzip demo
+
+test: venv ## All tests; the first run fetches the three real models
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: venv ## Lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: venv ## Measure on this machine, and write docs/results.md anew; run nothing else meanwhile
+	mkdir -p $(RESULTS)
+	set -e; for model in $(BENCH_MODELS); do for len in $(BENCH_LENS); do for what in compress open; do \
+	  $(BIN)/kvzip bench $$what -m $$model --context-len $$len $(if $(BENCH_TEXT),--text $(BENCH_TEXT)) \
+	    --json $(RESULTS)/$$what-$$model-$$len.json; \
+	done; done; done
+	$(BIN)/kvzip bench report $(RESULTS) -o docs/results.md
+
+clean: ## Remove .venv and everything generated; fetched models stay in the user's cache folder
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvzip tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Questions in, answers out: what `ask`, `chat` and `demo` share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from kvzip.cli.screen import plural, seconds
+from kvzip.errors import InputError
+
+if TYPE_CHECKING:
+    from kvzip.generation import Answer
+
+
+def check_text(question: str) -> str:
+    """The question, if it is one. Raises InputError for an empty one, or for bytes that are no text."""
+    from kvzip.generation import check_question
+
+    check_question(question)
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the question {question!a} is not valid UTF-8: type it in a UTF-8 terminal") from error
+    return question
+
+
+def show_stream(pieces: Generator[str, None, Answer]) -> Answer:
+    """Write an answer to stdout as it comes and return it; its generation ends here, whatever happens."""
+    from kvzip.inspect.summary import printable
+
+    to_terminal, begun = sys.stdout.isatty(), False
+    with closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                print(flush=True)
+                answer: Answer = end.value
+                return answer
+            piece = piece if begun else piece.lstrip()
+            begun = begun or bool(piece)
+            print(printable(piece) if to_terminal else piece, end="", flush=True)
+
+
+def answer_json(question: str, answer: Answer) -> dict[str, Any]:
+    """One answer of `--json`. The keys are a contract."""
+    return {
+        "question": question,
+        "answer": str(answer),
+        "num_new_tokens": answer.num_new_tokens,
+        "ttft_s": answer.ttft_s,
+        "tpot_s": answer.tpot_s,
+    }
+
+
+def timing(answer: Answer) -> str:
+    """ "24 tokens, the first after 85 ms, then 31 a second"."""
+    further = f", then {1 / answer.tpot_s:.0f} a second" if answer.tpot_s else ""
+    return f"{plural(answer.num_new_tokens, 'token')}, the first after {seconds(answer.ttft_s)}{further}"

@@ -1,0 +1,96 @@
+"""`kvzip bench`: what compressing costs and what it brings, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from kvzip.cli.border import Command
+from kvzip.cli.options import Device, DType, Model, Quiet, examples
+from kvzip.cli.screen import Bars, print_facts, print_json
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure what compressing costs and brings.")
+EPILOG = examples(
+    "kvzip bench compress -m smollm2-135m --context-len 2000",
+    "kvzip bench open -m smollm2-135m --context-len 6000 --json open.json",
+)
+
+ContextLen = Annotated[int, typer.Option("--context-len", metavar="N", help="Tokens of the context.")]
+KeepRatio = Annotated[float, typer.Option("-r", "--keep-ratio", metavar="R", help="Share of the KV pairs to keep.")]
+Runs = Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Counted runs, after one warm-up.")]
+Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="A text, or SQuAD JSON. Default: bundled.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of torch.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - is stdout.")]
+
+
+@app.command(cls=Command, epilog=EPILOG)
+def compress(
+    model: Model, context_len: ContextLen = 2000, keep_ratio: KeepRatio = 0.3, runs: Runs = 3, text: Text = None,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Compressing against a plain prefill: seconds, peak memory, bytes kept."""
+    from kvzip.bench.compress import bench_compress
+
+    _run(bench_compress, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command("open", cls=Command, epilog=EPILOG)
+def open_(
+    model: Model, context_len: ContextLen = 2000, keep_ratio: KeepRatio = 0.3, runs: Runs = 3, text: Text = None,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """The first token from a reopened file against reading the text again."""
+    from kvzip.bench.open import bench_open
+
+    _run(bench_open, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command)
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the result files are.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.md", help="The page to write.")],
+) -> None:
+    """Write the page of results from the JSON files of a folder."""
+    from pathlib import Path
+
+    from kvzip.bench.report import results_page
+
+    Path(output).write_text(results_page(folder), encoding="utf-8")
+
+
+def _run(
+    bench: Callable[..., dict[str, Any]], settings: tuple[Any, ...], model: str, dtype: str, device: str,
+    threads: int | None, json_file: str | None, quiet: bool,
+) -> None:  # fmt: skip
+    from kvzip.budget import check_keep_ratio
+    from kvzip.cli.loading import load_llm
+
+    check_keep_ratio(settings[1])
+    with Bars(quiet) as bars:
+        llm = load_llm(model, bars, dtype=dtype, device=device)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        with bars.step("Measuring"):
+            result = bench(llm, *settings)
+    if json_file == "-":
+        print_json(result)
+        return
+    if json_file is not None:
+        from kvzip.bench.measure import write_result
+
+        write_result(result, json_file)
+    print_facts(_facts(result))
+
+
+def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """One line a figure: median and extremes."""
+    return [
+        (name, f"{figure['median']:.4g}  [{figure['min']:.4g} - {figure['max']:.4g}], n = {figure['n']}")
+        for name, figure in result["figures"].items()
+    ]

@@ -1,0 +1,46 @@
+"""`kvzip profile-heads`: one score a head, for the method kvzip-head."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvzip.cli.options import Device, DType, Json, Model, Quiet, examples
+from kvzip.cli.screen import Bars, print_json
+from kvzip.cli.texts import read_text
+
+EPILOG = examples(
+    "kvzip profile-heads -m qwen2.5-coder-0.5b",
+    "kvzip compress book.txt -m qwen2.5-coder-0.5b --method kvzip-head",
+)
+
+
+def profile_heads(
+    model: Model,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text to read; by default, a bundled one.", show_default=False)
+    ] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model's heads, for method kvzip-head.
+
+    Done once a model; prints the file written."""
+    from pathlib import Path
+
+    from kvzip.cli.demo import load_text
+    from kvzip.cli.loading import check_can_fit, load_llm
+
+    content = load_text() if text is None else read_text(text)
+    source = "the lighthouse text of kvzip" if text is None else Path(text).name
+    with Bars(quiet) as bars:
+        llm = load_llm(model, bars, dtype=dtype, device=device)
+        check_can_fit(llm, content)
+        path = llm.profile_heads(content, source, progress=bars)
+    if as_json:
+        print_json({"model": llm.name, "path": str(path)})
+    else:
+        print(path)
