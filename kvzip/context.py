@@ -142,7 +142,8 @@ class RaggedContext:
 
     @property
     def kept_shape(self) -> tuple[int, int, int]:
-        return len(self.full_layers), self.layers[self.full_layers[0]].num_kv_heads, self.context_len
+        num_kv_heads = self.layers[self.full_layers[0]].num_kv_heads if self.full_layers else 0
+        return len(self.full_layers), num_kv_heads, self.context_len
 
     @property
     def keep_mask(self) -> Tensor:

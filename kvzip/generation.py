@@ -37,6 +37,7 @@ class Answer(str):
 
     @classmethod
     def of(cls, text: str, token_ids: list[int], clock: Clock) -> Answer:
+        """An answer with this text, these tokens and the times of `clock`."""
         answer = cls(text)
         answer.token_ids, answer.num_new_tokens = token_ids, len(token_ids)
         answer.ttft_s, answer.tpot_s = clock.ttft_s, clock.tpot_s

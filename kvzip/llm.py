@@ -109,6 +109,7 @@ class LLM:
 
     @property
     def dtype_name(self) -> str:
+        """The dtype of the weights, as "float32"."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -31,6 +33,13 @@ def reset_peak_rss() -> None:
     """Start `peak_rss_nbytes` anew, where the system allows it (Linux)."""
     with suppress(OSError):  # the peak then is the whole process's, which is what it says
         Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system, where the C library can be asked to (glibc)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:

@@ -9,7 +9,8 @@ import torch
 from kvzip.bench.baseline import plain_prefill
 from kvzip.bench.measure import paired, peak_over, provenance, ratios, summary, timed
 from kvzip.bench.texts import bench_text
-from kvzip.llm import LLM
+from kvzip.llm import LLM, CompressedContext
+from kvzip.memory import rss_nbytes
 
 
 def bench_compress(
@@ -18,21 +19,27 @@ def bench_compress(
     """Compression against a plain prefill of the same tokens by transformers, in alternation.
 
     Returns settings, provenance and, as median and spread: seconds of the plain prefill, of ours, of scoring and of
-    all; `score_over_prefill` = (all - our prefill) / plain prefill; peak memory of each above what the process held;
+    all; `score_over_prefill` = (all - our prefill) / plain prefill; peak memory of each above the loaded model;
     bytes of the kept pairs against the full cache.
     """
     text = bench_text(llm, context_len, text_path)
     seen: dict[str, list[float]] = {"prefill_s": [], "score_s": [], "peak_nbytes": [], "plain_peak_nbytes": []}
     last: list[Any] = []
+    base = rss_nbytes()
+
+    def compress() -> tuple[float, CompressedContext]:
+        return timed(lambda: llm.compress(text, keep_ratio), llm.model.device)
 
     def plain() -> float:
-        peak, (seconds, _) = peak_over(lambda: timed(lambda: plain_prefill(llm, _ids(llm, text)), llm.model.device))
+        peak, (seconds, _) = peak_over(
+            base, lambda: timed(lambda: plain_prefill(llm, _ids(llm, text)), llm.model.device)
+        )
         seen["plain_peak_nbytes"].append(peak)
         return seconds
 
     def ours() -> float:
         last.clear()
-        peak, (seconds, context) = peak_over(lambda: timed(lambda: llm.compress(text, keep_ratio), llm.model.device))
+        peak, (seconds, context) = peak_over(base, compress)
         info = context.data.info
         for name, value in (("prefill_s", info.prefill_s), ("score_s", info.score_s), ("peak_nbytes", peak)):
             seen[name].append(value)

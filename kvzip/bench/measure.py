@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kvzip._version import __version__
-from kvzip.memory import peak_rss_nbytes, reset_peak_rss, rss_nbytes
+from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
@@ -42,12 +42,15 @@ def timed(work: Callable[[], Any], device: torch.device | None = None) -> tuple[
     return time.perf_counter() - started, result
 
 
-def peak_over(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes by which resident memory rose at most while `work` ran, and what it returns."""
-    before = rss_nbytes()
+def peak_over(base_nbytes: int, work: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes by which resident memory rose at most above `base_nbytes` while `work` ran, and what it returns.
+
+    base_nbytes: resident memory before the first run, the model loaded; what earlier runs freed goes back first.
+    """
+    release_freed()
     reset_peak_rss()
     result = work()
-    return max(0, peak_rss_nbytes() - before), result
+    return max(0, peak_rss_nbytes() - base_nbytes), result
 
 
 def paired(num_runs: int, works: dict[str, Callable[[], float]], warmup: int = 1) -> dict[str, list[float]]:

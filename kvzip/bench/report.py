@@ -58,7 +58,7 @@ def _compress_section(results: list[dict[str, Any]]) -> str:
     text = (
         "## Compressing\n\nA plain prefill is one forward pass by transformers' own `sdpa` into its own full cache. "
         "Scoring is everything that compressing adds to our own prefill: replay, selection, packing. Peaks are "
-        "resident memory above what the process held before.\n"
+        "resident memory above what the process held with the model loaded.\n"
     )
     return f"{text}\n{_table(head, rows)}\n"
 
