@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,18 @@ def _runs(result: dict[str, Any]) -> int:
 
 
 def _seconds(result: dict[str, Any], name: str) -> str:
-    return _figure(result, name, lambda v: f"{v:.3g}") + " s"
+    return _figure(result, name, lambda v: f"{v:.3g}", " s")
 
 
 def _times(result: dict[str, Any], name: str) -> str:
-    return _figure(result, name, lambda v: f"{v:.2f}") + "x"
+    return _figure(result, name, lambda v: f"{v:.2f}", "x")
 
 
-def _figure(result: dict[str, Any], name: str, show: Any) -> str:
-    figure = result["figures"][name]
-    return f"{show(figure['median'])} [{show(figure['min'])} - {show(figure['max'])}]"
+def _figure(result: dict[str, Any], name: str, show: Callable[[float], str], unit: str) -> str:
+    figure = result["figures"].get(name)
+    if figure is None:
+        return "not measured"
+    return f"{show(figure['median'])} [{show(figure['min'])} - {show(figure['max'])}]{unit}"
 
 
 def _mib(nbytes: float) -> str:
