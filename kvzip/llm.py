@@ -43,7 +43,7 @@ from kvzip.hf.cache import SessionCache
 from kvzip.hf.fingerprint import fingerprint
 from kvzip.hf.geometry import probe
 from kvzip.hf.template import Template, make_template
-from kvzip.memory import peak_rss_nbytes, reset_peak_rss
+from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.methods import Method, parse_method
 from kvzip.progress import Progress, silent
 from kvzip.session import Session
@@ -243,6 +243,8 @@ class Prefilled:
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
         data = pack_context(self._full, selection, info, release=release)
+        if release:
+            release_freed()  # without it the C library may keep what the full cache took
         total_s = info.prefill_s + score_s if started is None else time.perf_counter() - started
         info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes())
         return CompressedContext(self.llm, replace(data, info=info))
