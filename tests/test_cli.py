@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvzip
-from kvzip.cli import border, demo, loading, main, screen, texts
+from kvzip.cli import answers, border, demo, loading, main, screen, texts
 from kvzip.errors import ContextLengthError, FileError, InputError
 from kvzip.loading import load
 
@@ -629,6 +629,15 @@ def test_a_full_disk_leaves_the_old_file(forks, tiny, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["text.kvz", "text.txt"]
 
 
+@pytest.mark.parametrize("args", [["models"], ["--help"], ["models", "--json"]])
+def test_a_full_stdout_is_one_line(args, tmp_path):
+    with open("/dev/full", "wb") as full:
+        call = [sys.executable, "-m", "kvzip", *args]
+        done = subprocess.run(call, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kvzip: error: ") and done.stderr.count("\n") == 1
+
+
 def test_bugs_are_one_line_unless_debugging(monkeypatch, capsys):
     def crash() -> None:
         with border.border():
@@ -649,9 +658,12 @@ def test_bugs_are_one_line_unless_debugging(monkeypatch, capsys):
 
 
 def in_terminal(forks, args, cwd: Path, keys: list[tuple[str, bytes]] = []) -> tuple[int, str]:  # noqa: B006
-    """Run in a pseudo terminal; each of `keys` is typed once its text was seen. Exit code and everything shown."""
+    """Run in a pseudo terminal; each of `keys` is typed once its text was seen, one after the other.
+
+    Exit code and everything shown. (Wait for the prompt: what is typed before it may be lost.)
+    """
     terminal, theirs = pty.openpty()
-    forks.start(args, cwd, (theirs, theirs, theirs))
+    pid = forks.start(args, cwd, (theirs, theirs, theirs))
     os.close(theirs)
     shown, start, waiting, deadline = b"", 0, list(keys), time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -660,9 +672,11 @@ def in_terminal(forks, args, cwd: Path, keys: list[tuple[str, bytes]] = []) -> t
                 shown += os.read(terminal, 4096)
             except OSError:
                 break
-        if waiting and (at := shown.find(waiting[0][0].encode(), start)) >= 0:
+        while waiting and (at := shown.find(waiting[0][0].encode(), start)) >= 0:
             start = at + len(waiting[0][0])
             os.write(terminal, waiting.pop(0)[1])
+    else:
+        os.kill(pid, signal.SIGKILL)
     code = forks.wait()
     os.close(terminal)
     return code, shown.decode(errors="replace")
@@ -678,11 +692,12 @@ def test_progress_shows_in_a_terminal_only(forks, tiny, tmp_path):
 
 
 def test_a_chat_in_a_terminal(forks, tiny_kvz, tmp_path):
-    keys = [("> ", b"Who?\r"), ("a second", b"/save talk.kvz\r"), ("saved", b"\x03"), ("leaves", b"\x04")]
+    keys = [("> ", b"Who?\r"), ("a second", b""), ("> ", b"/save talk.kvz\r"), ("saved", b"")]
+    keys += [("> ", b"\x03"), ("leaves", b""), ("> ", b"\x04")]
     code, shown = in_terminal(forks, ["chat", tiny_kvz, "-n", "5"], tmp_path, keys)
     assert code == 0, shown
     assert "544 tokens" in shown and "5 tokens, the first after" in shown
-    code, shown = in_terminal(forks, ["chat", "talk.kvz"], tmp_path, [("> Who?", b"/quit\r")])
+    code, shown = in_terminal(forks, ["chat", "talk.kvz"], tmp_path, [("> Who?", b""), ("> ", b"/quit\r")])
     assert code == 0, shown
 
 
@@ -694,29 +709,35 @@ def test_units():
     assert screen.amount(3, None, "bytes") == ""
 
 
+@given(st.text(alphabet="ab \n", max_size=60), st.integers(0, 60))
+def test_answers_are_wrapped_between_words(text, cut):
+    wrap = answers.WordWrap(8)
+    shown = wrap(text[:cut]) + wrap(text[cut:])
+    assert "".join(shown.split()) == "".join(text.split())
+    longest = max(map(len, text.split()), default=0)
+    assert max(map(len, shown.split("\n"))) <= max(8, longest, len(text) - len(text.lstrip(" ")) + longest)
+
+
 # ---- a real model
 
 
 @pytest.mark.real
-def test_from_a_text_to_an_answer(tmp_path):
-    (tmp_path / "light.txt").write_text("\n\n".join(demo.load_text().split("\n\n")[4:8]))
+def test_from_a_text_to_an_answer(forks, tmp_path):
+    (tmp_path / "light.txt").write_text("\n\n".join(demo.load_text().split("\n\n")[3:6]))
     done = run("compress", "light.txt", "-m", "smollm2-135m", "-r", "0.6", "--json", cwd=tmp_path)
     found = json.loads(done.stdout)
     assert done.stderr == "" and found.keys() >= COMPRESS_KEYS
     assert found["keep_ratio"] == pytest.approx(0.6, abs=1e-4)
     assert found["kv_nbytes"] < 0.65 * found["full_kv_nbytes"]
-    done = run("ask", "light.kvz", "Who was born at Saffron Walden?", "-n", "16", cwd=tmp_path)
+    done = Running(forks, ["ask", "light.kvz", "Who was born at Saffron Walden?", "-n", "16"], tmp_path).finish()
     assert done.stderr == "" and "Winstanley" in done.stdout
-    done = run("inspect", "light.kvz", cwd=tmp_path)
+    done = Running(forks, ["inspect", "light.kvz"], tmp_path).finish()
     assert done.stderr == "" and "Winstanley" in done.stdout
 
 
 @pytest.mark.real
 def test_the_full_cache_answers_every_question_of_the_demo():
     """Else the comparison of the demo would mean nothing."""
-    full = load("qwen2.5-coder-0.5b").prefill(demo.load_text()).compress(1.0)
-    wrong = {}
-    for quiz in demo.load_quizzes():
-        answer = full.ask(quiz.question, max_new_tokens=demo.MAX_NEW_TOKENS)
-        wrong |= {} if quiz.is_right(answer) else {quiz.question: str(answer)}
-    assert not wrong
+    full, quizzes = load("qwen2.5-coder-0.5b").prefill(demo.load_text()).compress(1.0), demo.load_quizzes()
+    answers = full.ask_many([quiz.question for quiz in quizzes], max_new_tokens=demo.MAX_NEW_TOKENS)
+    assert not [answer for quiz, answer in zip(quizzes, answers, strict=True) if not quiz.is_right(answer)]

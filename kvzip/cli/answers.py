@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +30,7 @@ def check_text(question: str) -> str:
 
 def show_stream(pieces: Generator[str, None, Answer]) -> Answer:
     """Write an answer to stdout as it comes and return it; its generation ends here, whatever happens."""
-    from kvzip.inspect.summary import printable
-
-    to_terminal, begun = sys.stdout.isatty(), False
+    clean, begun = _for_terminal() if sys.stdout.isatty() else str, False
     with closing(pieces):
         while True:
             try:
@@ -41,7 +41,39 @@ def show_stream(pieces: Generator[str, None, Answer]) -> Answer:
                 return answer
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
-            print(printable(piece) if to_terminal else piece, end="", flush=True)
+            print(clean(piece), end="", flush=True)
+
+
+def _for_terminal() -> Callable[[str], str]:
+    """Makes pieces of a text printable, and breaks its lines between words."""
+    from kvzip.inspect.summary import printable
+
+    wrap = WordWrap(shutil.get_terminal_size().columns)
+    return lambda piece: wrap(printable(piece))
+
+
+class WordWrap:
+    """Breaks lines between words, of a text that comes in pieces.  width: columns of the terminal."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.column = width, 0
+
+    def __call__(self, piece: str) -> str:
+        return "".join(map(self._place, re.findall(r"\n|[^\S\n]+|\S+", piece)))
+
+    def _place(self, part: str) -> str:
+        """One newline, space or word, as it goes to the terminal."""
+        from rich.cells import cell_len
+
+        start, self.column = self.column, self.column + cell_len(part)
+        if part == "\n":
+            self.column = 0
+        elif part.isspace() and start and self.column >= self.width:
+            return ""  # the next word begins a line
+        elif start and self.column > self.width:
+            self.column = cell_len(part)
+            return "\n" + part
+        return part
 
 
 def answer_json(question: str, answer: Answer) -> dict[str, Any]:

@@ -94,16 +94,15 @@ def open_context(
     file: str, model: str | None, asked: list[str], max_new_tokens: int, bars: Bars, *, dtype: str, device: str
 ) -> CompressedContext:
     """The context of a file. What can be refused without the model is refused before it is loaded."""
-    from kvzip.cli.loading import load_llm, model_of, quiet_libraries
+    from kvzip.cli.loading import load_llm, model_of, start
 
-    quiet_libraries()
-    with bars.step("Starting"):
-        from kvzip.generation import check_options
+    start(bars)
+    from kvzip.generation import check_options
 
-        check_options(max_new_tokens, {})
-        for question in asked:
-            check_text(question)
-        name = model_of(file, model)
+    check_options(max_new_tokens, {})
+    for question in asked:
+        check_text(question)
+    name = model_of(file, model)
     return load_llm(name, bars, dtype=dtype, device=device).open(file)
 
 
@@ -131,11 +130,17 @@ def show_batch(asked: list[str], answers: list[Answer]) -> None:
 
     for index, (question, answer) in enumerate(zip(asked, answers, strict=True)):
         show_question(question, index, len(asked))
-        out().print(printable(answer), soft_wrap=True)
+        print_text(printable(answer))
 
 
 def show_question(question: str, index: int, count: int) -> None:
     from kvzip.inspect.summary import printable
 
     if count > 1:
-        out().print("\n" * (index > 0) + printable(question), style="bold", soft_wrap=True)
+        print_text("\n" * (index > 0) + printable(question), "bold")
+
+
+def print_text(text: str, style: str = "") -> None:
+    """A text on stdout; its lines are broken between words on a terminal, and nowhere in a file or pipe."""
+    console = out()
+    console.print(text, style=style, soft_wrap=not console.is_terminal)

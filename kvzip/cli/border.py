@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -36,15 +35,19 @@ def border() -> Iterator[None]:
         sys.stdout.flush()
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except KeyboardInterrupt:
-        _interrupted()
+    except KeyboardInterrupt as error:
+        raise typer.Exit(EXIT_INTERRUPTED) from error
     except BrokenPipeError:
         _reader_is_gone()
     except KVZipError as error:
         _failed(str(error))
     except MemoryError:
         _failed("out of memory: take a shorter text, a smaller model, or a lower keep ratio")
+    except OSError as error:
+        _failed(f"{error}: check disk and permissions, or set {DEBUG_VARIABLE}=1 for the traceback")
     except Exception as error:
+        if _began_with_interrupt(error):
+            raise typer.Exit(EXIT_INTERRUPTED) from error
         _failed(f"{type(error).__name__}: {error} (a bug? set {DEBUG_VARIABLE}=1 for the traceback)")
 
 
@@ -75,9 +78,11 @@ def _failed(message: str) -> NoReturn:
     raise typer.Exit(EXIT_FAILED)
 
 
-def _interrupted() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not disturb the exit
-    raise typer.Exit(EXIT_INTERRUPTED)
+def _began_with_interrupt(error: BaseException | None) -> bool:
+    """Whether a library made this error out of a Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _reader_is_gone() -> NoReturn:

@@ -73,14 +73,13 @@ def chat(
 
 
 def open_session(file: str, model: str | None, max_new_tokens: int, bars: Bars, *, dtype: str, device: str) -> Session:
-    from kvzip.cli.loading import load_llm, model_of, quiet_libraries
+    from kvzip.cli.loading import load_llm, model_of, start
 
-    quiet_libraries()
-    with bars.step("Starting"):
-        from kvzip.generation import check_options
+    start(bars)
+    from kvzip.generation import check_options
 
-        check_options(max_new_tokens, {})
-        name = model_of(file, model)
+    check_options(max_new_tokens, {})
+    name = model_of(file, model)
     return load_llm(name, bars, dtype=dtype, device=device).open_session(file)
 
 
@@ -111,19 +110,22 @@ class Room:
             console.print(f"\n> {one_line(question, RECAP_LEN)}\n{one_line(answer, RECAP_LEN)}", style="dim")
 
     def run(self, interactive: bool) -> bool:
-        """Serve lines until the end; whether any of them failed."""
+        """Serve lines until the end; whether any of them failed. With a person at the keys, Ctrl-C never leaves."""
         read, failed = (read_typed if interactive else sys.stdin.readline), False
-        while line := read():
-            line = line.strip()
-            if line in ("/quit", "/exit"):
-                break
+        while True:
             try:
-                if line:
-                    self.take(line)
+                line = read()
+                if not line or line.strip() in ("/quit", "/exit"):
+                    return failed
+                if line.strip():
+                    self.take(line.strip())
             except KVZipError as error:
                 say_error(str(error))
                 failed = True
-        return failed
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                note("\n(Ctrl-D or /quit leaves)")
 
     def take(self, line: str) -> None:
         """Act on one line. Raises what the library raises, and UnknownNameError for an unknown command."""
@@ -184,14 +186,11 @@ class Room:
 
 
 def read_typed() -> str:
-    """A line from the terminal, with editing and history; "" at its end. Ctrl-C clears the line."""
+    """A line from the terminal, with editing and history; "" at its end."""
     with suppress(ImportError):
         import readline  # noqa: F401  # `input` then edits
-    while True:
-        try:
-            return input("\n> ") + "\n"
-        except KeyboardInterrupt:
-            note("\n(Ctrl-D or /quit leaves)")
-        except EOFError:
-            print()
-            return ""
+    try:
+        return input("\n> ") + "\n"
+    except EOFError:
+        print()
+        return ""

@@ -66,11 +66,10 @@ def compress(
     text = read_text(file)
     source = "standard input" if file == STDIN else Path(file).name
     with Bars(quiet) as bars:
-        from kvzip.cli.loading import check_can_fit, load_llm, quiet_libraries
+        from kvzip.cli.loading import check_can_fit, load_llm, start
 
-        quiet_libraries()
-        with bars.step("Starting"):
-            options = make_options(keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len)
+        start(bars)
+        options = make_options(keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len)
         llm = load_llm(model, bars, dtype=dtype, device=device)
         check_can_fit(llm, text)
         texts = {"system": system, "instruction": instruction, "source": source}

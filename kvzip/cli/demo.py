@@ -70,13 +70,12 @@ def demo(
     """
     quizzes = load_quizzes()
     with Bars(quiet) as bars:
-        from kvzip.cli.loading import load_llm, quiet_libraries
+        from kvzip.cli.loading import load_llm, start
 
-        quiet_libraries()
-        with bars.step("Starting"):
-            from kvzip.budget import check_keep_ratio
+        start(bars)
+        from kvzip.budget import check_keep_ratio
 
-            check_keep_ratio(keep_ratio)
+        check_keep_ratio(keep_ratio)
         llm = load_llm(model, bars, dtype=dtype, device=device)
         tour = take(llm, keep_ratio, [quiz.question for quiz in quizzes], bars)
     show(tour, quizzes, out())
@@ -138,7 +137,7 @@ def _answers_table(tour: Tour, quizzes: Sequence[Quiz], marks: tuple[str, str]) 
 
     def cell(quiz: Quiz, answer: str) -> Text:
         mark = (marks[0], "green") if quiz.is_right(answer) else (marks[1], "red")
-        return Text.assemble(mark, " ", one_line(answer, 200))
+        return Text.assemble(mark, " ", one_line(answer, 160))
 
     table = Table(box=_box(), pad_edge=False, header_style="bold", show_lines=True, expand=False)
     table.add_column("Question", ratio=3)
@@ -167,11 +166,18 @@ def _figures_table(tour: Tour) -> Table:
     table.add_row("Memory", size(full.kv_nbytes), size(small.kv_nbytes), f"{less:.1f}x less")
     for name, attribute in (("First token", "ttft_s"), ("Each further token", "tpot_s")):
         before, after = (_median(answers, attribute) for answers in (tour.full_answers, tour.small_answers))
-        table.add_row(name, seconds(before), seconds(after), f"{before / max(after, 1e-9):.1f}x faster")
+        table.add_row(name, seconds(before), seconds(after), _speed(before, after))
     info = small.info
     table.add_row("Reading the text", seconds(info.prefill_s), seconds(info.prefill_s))
     table.add_row("Compressing it, once", "-", seconds(info.score_s), f"{info.score_s / info.prefill_s:.1f}x reading")
     return table
+
+
+def _speed(before: float, after: float) -> str:
+    factor = before / max(after, 1e-9)
+    if 0.95 < factor < 1.05:
+        return "as fast"
+    return f"{factor:.1f}x faster" if factor > 1 else f"{1 / max(factor, 1e-9):.1f}x slower"
 
 
 def _closing(tour: Tour) -> str:

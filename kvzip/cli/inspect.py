@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvzip.cli import ending_at_once
 from kvzip.cli.border import say
 from kvzip.cli.compress import check_writable
 from kvzip.cli.options import File, Json, ModelOrNone, Quiet, examples
@@ -58,7 +59,8 @@ def inspect(
 
 def open_file(file: str) -> tuple[RaggedContext, dict[str, Any]]:
     """The context, and what is known of the file itself."""
-    from kvzip import store
+    with ending_at_once():
+        from kvzip import store
 
     context, tail = store.read(file)
     facts = {"format_version": store.FORMAT_VERSION, "file_nbytes": os.path.getsize(file)}

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvzip.cli import ending_at_once
 from kvzip.cli.border import is_debugging
 from kvzip.cli.screen import Bars
 from kvzip.errors import ContextLengthError
@@ -26,16 +27,25 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
 
 
-def load_llm(name: str, bars: Bars, *, dtype: str = "auto", device: str = "auto") -> LLM:
-    """The model of that name. Raises as `kvzip.load` does."""
+def start(bars: Bars) -> None:
+    """Import the libraries that all work with models needs; it takes seconds, so it is done once and says so."""
     quiet_libraries()
-    with bars.step(f"Loading {name}"):
+    with bars.step("Starting"), ending_at_once():
         from transformers.utils import logging
 
-        from kvzip.loading import load
+        import kvzip.loading
+        import kvzip.store  # noqa: F401
 
         if not is_debugging():
             logging.disable_progress_bar()
+
+
+def load_llm(name: str, bars: Bars, *, dtype: str = "auto", device: str = "auto") -> LLM:
+    """The model of that name. Raises as `kvzip.load` does."""
+    start(bars)
+    from kvzip.loading import load
+
+    with bars.step(f"Loading {name}"):
         return load(stable_name(name), dtype=dtype, device=device, progress=bars)
 
 
@@ -56,7 +66,8 @@ def stable_name(name: str) -> str:
 def load_tokenizer(name: str) -> Any | None:
     """The tokenizer of a model that is on this machine already, or None. Nothing is fetched or converted."""
     quiet_libraries()
-    from transformers import AutoTokenizer
+    with ending_at_once():
+        from transformers import AutoTokenizer
 
     folder = _local_model(name)
     try:

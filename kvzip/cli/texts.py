@@ -32,8 +32,9 @@ def decode_text(data: bytes, name: str) -> str:
         encoding = f"UTF-{8 * len(wide)}"
         raise InputError(f"{name} is {encoding} text, expected UTF-8: convert it with `iconv -f {encoding} -t UTF-8`")
     if (at := data.find(0)) >= 0:
-        hint = "ask it with `kvzip ask`" if name.endswith(".kvz'") else "extract its text first"
-        raise InputError(f"{name} is binary (byte 0 at offset {at}), expected UTF-8 text: {hint}")
+        if name.endswith(".kvz'"):
+            raise InputError(f"{name} is compressed already: ask it with `kvzip ask`, or give a text")
+        raise InputError(f"{name} is binary (byte 0 at offset {at}), expected UTF-8 text: extract its text first")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
