@@ -99,14 +99,14 @@ class FullContext:
 
     @torch.inference_mode()
     def prefill(self, block_len: int = PREFILL_BLOCK, progress: Progress = silent) -> None:
-        """Read prefix and context, `block_len` tokens a forward pass."""
+        """Read what was not read yet of prefix and context, `block_len` tokens a forward pass."""
         started = time.perf_counter()
         ids = torch.cat([self.prefix_ids, self.context_ids])
-        progress("prefill", 0, self.length)
-        for start in range(0, self.length, block_len):
+        progress("prefill", self.cache.length, self.length)
+        for start in range(self.cache.length, self.length, block_len):
             forward_at(self.engine.model, ids[start : start + block_len], start, self.cache)
             progress("prefill", self.cache.length, self.length)
-        self.prefill_s = time.perf_counter() - started
+        self.prefill_s += time.perf_counter() - started
 
     @torch.inference_mode()
     def score(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +149,28 @@ class Generator:
         while ids and any(stop in self.tokenizer.decode(ids) for stop in self.stop_strings):
             ids.pop()
         return ids
+
+
+def before_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text of `pieces` up to the first stop string; what may turn out to begin one is held back until it is clear.
+
+    All pieces are read, so that whoever makes them comes to an end.
+    """
+    longest, held = max(map(len, stops), default=1), ""
+    for piece in pieces:
+        held += piece
+        ends = [at for at in map(held.find, stops) if at >= 0]
+        safe = min(ends) if ends else max(0, len(held) - longest + 1)
+        if safe:
+            yield held[:safe]
+        if ends:
+            held = ""
+            break
+        held = held[safe:]
+    for _ in pieces:
+        pass
+    if held:
+        yield held
 
 
 def check_question(question: str) -> None:

@@ -17,6 +17,7 @@ from kvzip.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     Answer,
     Clock,
+    before_stop,
     check_options,
     check_positions,
     check_question,
@@ -81,7 +82,7 @@ class Session:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from before_stop((piece for piece in streamer if piece), self.context.llm.generator.stop_strings)
         finally:
             clock.stopped.set()
             thread.join()

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.budget import Amounts, parse_nbytes, resolve_pairs
 from kvzip.compress import chunk_slices
 from kvzip.errors import BudgetError, ContextLengthError, InputError, ModelError, UnknownNameError
+from kvzip.generation import before_stop
 from kvzip.hf.fingerprint import fingerprint
 from kvzip.hf.template import make_template
 from kvzip.loading import choose_device, choose_dtype
@@ -155,6 +158,17 @@ def test_max_new_tokens_out_of_range_is_refused(tiny: kvzip.LLM, number: object)
 def test_options_that_kvzip_sets_are_refused(tiny: kvzip.LLM, option: str) -> None:
     with pytest.raises(InputError, match=option):
         tiny.compress(TEXT, 0.5).ask("why?", **{option: 1})
+
+
+@given(st.lists(st.text("abQ:", max_size=4), max_size=12), st.lists(st.sampled_from(["Q:", "bQ", "aaa"]), max_size=2))
+def test_a_stream_ends_before_the_first_stop_string(pieces: list[str], stops: list[str]) -> None:
+    whole, source = "".join(pieces), iter(pieces)
+    ends = [whole.find(stop) for stop in stops if stop in whole]
+    expected = whole[: min(ends)] if ends else whole
+    shown = list(before_stop(source, stops))
+    assert "".join(shown) == expected
+    assert all(shown)
+    assert next(source, None) is None
 
 
 def test_a_failed_turn_leaves_no_trace(tiny: kvzip.LLM) -> None:

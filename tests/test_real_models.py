@@ -15,11 +15,12 @@ from reference import Reference, Unwrapped
 from transformers import DynamicCache
 
 import kvzip
-from kvzip.compress import chunk_slices
-from kvzip.context import RaggedContext
+from kvzip.compress import FullContext, Selection, chunk_slices, pack_context
+from kvzip.context import ContextInfo, RaggedContext
 from kvzip.head_profile import save_head_profile
 from kvzip.hf.cache import SessionCache
 from kvzip.methods import parse_method
+from kvzip.ops.selection import select_global
 
 pytestmark = pytest.mark.real
 METHODS = ["kvzip", "kvzip+layer", "kvzip+uniform", "kvzip-head"]
@@ -134,29 +135,35 @@ def test_scores_equal_the_direct_computation(case: SimpleNamespace) -> None:
         assert ours.shape == (len(geometry.full_layers), layer.num_kv_heads, context_len)
 
 
-@pytest.mark.parametrize("length", [1, 7, 1999, 2000, 2001, 4003])
-def test_contexts_of_any_length(llm: kvzip.LLM, articles: list[dict], length: int) -> None:
-    text = "\n\n".join(a["text"] for a in articles)
-    ids = llm.tokenize(text)[:length]
-    assert len(ids) == length
-    from kvzip.compress import FullContext
+def test_contexts_of_any_length(llm: kvzip.LLM, articles: list[dict]) -> None:
+    """One text that grows, so that the longest of these contexts is also read in many uneven blocks."""
+    sizes = {1: [1], 7: [7], 1999: [1999], 2000: [2000], 2001: [2001], 4003: [2000, 2003]}
+    ids = llm.tokenize("\n\n".join(a["text"] for a in articles))[: max(sizes)]
+    full = FullContext(llm.engine(), torch.tensor(llm.prefix_ids()), ids)
+    for length, chunk_sizes in sizes.items():
+        full.context_ids = ids[:length]
+        full.prefill()
+        scores = full.score()
+        assert [c.stop - c.start for c in chunk_slices(length, 2000)] == chunk_sizes
+        assert scores.shape[-1] == length
+        assert torch.isfinite(scores).all() and scores.min() >= 0 and scores.max() <= 1
+        assert (scores.amax(dim=(0, 1)) > 0).all(), "every token gets attention"
+    data = pack(full, scores, keep_ratio=0.3)
+    asked = torch.tensor(llm.question_ids("What is this text about?"))
+    evicted = session_logits(llm, data, asked)
+    expected = own_logits(llm, torch.cat([full.prefix_ids, ids, asked]), len(asked))
+    whole = session_logits(llm, pack(full, scores, keep_ratio=1), asked)
+    assert (whole - expected).abs().max() < NOISE < (evicted - expected).abs().max()
 
-    engine = llm.engine()
-    prefix = torch.tensor(llm._template_ids(llm.template.before), dtype=torch.int64)
-    if length > 2001 and llm.name != "smollm2-135m":
-        pytest.skip("one model suffices for the longest text")
-    full = FullContext(engine, prefix, ids)
-    full.prefill()
-    scores = full.score()
-    assert scores.shape[-1] == length
-    assert torch.isfinite(scores).all() and scores.min() >= 0 and scores.max() <= 1
-    sizes = [c.stop - c.start for c in chunk_slices(length, 2000)]
-    assert sizes == {1: [1], 7: [7], 1999: [1999], 2000: [2000], 2001: [2001], 4003: [2000, 2003]}[length]
+
+def pack(full: FullContext, scores: torch.Tensor, keep_ratio: float) -> RaggedContext:
+    """What `compress` makes of these scores."""
+    mask = select_global(scores, round(keep_ratio * scores.numel()))
+    info = ContextInfo("", "", "", "float32", keep_ratio, None, keep_ratio, 0)
+    return pack_context(full, Selection(mask, None), info, release=False)
 
 
 def test_chunked_equals_unchunked(case: SimpleNamespace) -> None:
-    from kvzip.compress import FullContext
-
     full = case.prefilled._full
     other = FullContext(full.engine, full.prefix_ids, full.context_ids)
     other.prefill(block_len=97)

@@ -73,19 +73,20 @@ class Look:
 
 
 def render(context: RaggedContext, token_texts: Sequence[str], console: Console, *, max_tokens: int = 800) -> None:
-    """Print facts, heat map, histogram and the first `max_tokens` tokens, shaded by what was kept of them.
+    """Print facts, heat map, histogram and the first `max_tokens` tokens, shaded by what was kept of them; 0 = no text.
 
     token_texts: one a context token (`summary.token_texts`).  Raises InputError if their number is wrong.
     """
     summary.check_texts(context, token_texts)
     look = Look.of(console)
-    text = _shaded_text(context, token_texts, look, max_tokens)
     sections = [
         ("What was kept", _facts(context, look)),
         ("By layer and KV head: percent of the context's pairs kept", _heat_map(context, look)),
         ("By token: how many tokens kept which share of their pairs", _histogram(context, look)),
-        ("The text: shaded by the share of a token's pairs kept", text),
     ]
+    if max_tokens > 0:
+        text = _shaded_text(context, token_texts, look, max_tokens)
+        sections.append(("The text: shaded by the share of a token's pairs kept", text))
     for title, body in sections:
         console.print()
         console.print(look.text(title, "bold"))
@@ -175,7 +176,7 @@ def _histogram(context: RaggedContext, look: Look, bins: int = 10) -> Table:
 
 
 def _shaded_text(context: RaggedContext, token_texts: Sequence[str], look: Look, max_tokens: int) -> RenderableType:
-    shown = max(0, min(max_tokens, context.context_len))
+    shown = min(max_tokens, context.context_len)
     share = summary.importance(context)
     text = Text(no_wrap=False, overflow="fold")
     for start, stop in summary.glyph_spans(token_texts[:shown]):
