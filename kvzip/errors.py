@@ -7,6 +7,7 @@ KVZipError
 │   └── UnknownNameError          no model, method, budget or backend of that name
 ├── ModelError                    a model that can't be loaded, or whose attention can't be served
 │   └── FetchError                a catalogue model that could not be fetched or checked
+├── BackendError                  an attention backend that can't run on this machine
 ├── FileError                     a file that can't be read or written
 │   ├── FormatError               not a .kvz file, damaged, or of another format version
 │   └── ModelMismatchError        a .kvz file of another model or tokenizer
@@ -56,6 +57,10 @@ class ModelError(KVZipError):
 
 class FetchError(ModelError):
     """A catalogue model could not be fetched or checked."""
+
+
+class BackendError(KVZipError):
+    """An attention backend can't run on this machine."""
 
 
 class FileError(KVZipError):

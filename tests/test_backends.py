@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvzip.backends import BACKENDS, get_backend
+from kvzip.backends import BACKENDS, get_backend, native
 from kvzip.context import RaggedLayer
-from kvzip.errors import UnknownNameError
+from kvzip.errors import BackendError, UnknownNameError
 from kvzip.ops import attention
 
-NAMES = sorted(BACKENDS)
+needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C compiler on this machine")
+NAMES = [pytest.param(name, marks=needs_compiler if name == "native" else ()) for name in sorted(BACKENDS)]
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=3)
 
 
-def ragged_layer(lengths: list[int], seed: int, with_bias: bool) -> RaggedLayer:
+def ragged_layer(lengths: list[int], seed: int, with_bias: bool, head_dim: int = 16) -> RaggedLayer:
     gen = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    keys, values = torch.randn(2, total, 16, generator=gen)
+    keys, values = torch.randn(2, total, head_dim, generator=gen)
     return RaggedLayer(keys, values, offsets, None, torch.randn(total, generator=gen) if with_bias else None)
 
 
@@ -31,16 +34,78 @@ def test_ragged_equals_one_dense_call_a_head(
     name: str, lengths: list[int], batch: int, groups: int, q_len: int, with_bias: bool, capped: bool
 ) -> None:
     layer = ragged_layer(lengths, 3, with_bias)
-    query = torch.randn(batch, len(lengths) * groups, q_len, 16, generator=torch.Generator().manual_seed(4))
-    softcap = 3.0 if capped else None
+    check_ragged(name, layer, batch, groups, q_len, 3.0 if capped else None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("groups", [3, 7])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_long_segments_are_split_and_joined(name: str, head_dim: int, groups: int, with_bias: bool) -> None:
+    layer = ragged_layer([1, 3001, 0, 513, 1024], 5, with_bias, head_dim)
+    check_ragged(name, layer, 1, groups, 1, None)
+    check_ragged(name, layer, 2, groups, 3, None)
+
+
+@needs_compiler
+def test_the_kernel_gives_the_same_with_any_number_of_threads() -> None:
+    layer = ragged_layer([3001, 700, 40], 6, False, 64)
+    query, threads = torch.randn(1, 6, 2, 64), torch.get_num_threads()
+    found = []
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        found.append(get_backend("native").attend_ragged(query, layer, scale=0.2))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@needs_compiler
+def test_large_logits_and_absent_keys() -> None:
+    """Logits of a hundred, and biases that take a key away."""
+    layer = ragged_layer([900], 7, True, 64)
+    layer.bias[::3] = -torch.inf
+    check_ragged(
+        "native", RaggedLayer(layer.keys * 10, layer.values, layer.cu_seqlens, None, layer.bias), 1, 2, 1, None
+    )
+
+
+def check_ragged(name: str, layer: RaggedLayer, batch: int, groups: int, q_len: int, softcap: float | None) -> None:
+    """The backend against one reference call a head."""
+    heads, head_dim = layer.num_kv_heads, layer.keys.shape[1]
+    query = torch.randn(batch, heads * groups, q_len, head_dim, generator=torch.Generator().manual_seed(4))
     out, lse = get_backend(name).attend_ragged(query, layer, scale=0.2, softcap=softcap)
     for head, (start, end) in enumerate(zip(layer.offsets, layer.offsets[1:], strict=False)):
         rows = slice(head * groups, (head + 1) * groups)
-        bias = layer.bias[start:end].reshape(1, 1, 1, -1) if with_bias else None
+        bias = None if layer.bias is None else layer.bias[start:end].reshape(1, 1, 1, -1)
         keys, values = (t[None, None, start:end].expand(batch, -1, -1, -1) for t in (layer.keys, layer.values))
         expected = attention.attend(query[:, rows], keys, values, scale=0.2, bias=bias, softcap=softcap)
         torch.testing.assert_close(out[:, rows], expected[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse[:, rows], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_compiler_auto_takes_the_portable_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("KVZIP_CACHE", str(tmp_path))
+    native.load_kernel.cache_clear()
+    try:
+        assert type(get_backend("auto")).__name__ == "CPUBackend"
+        with pytest.raises(BackendError, match=r"no C compiler was found.*backend='cpu'"):
+            get_backend("native")
+    finally:
+        native.load_kernel.cache_clear()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_failed_build_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("KVZIP_CACHE", str(tmp_path))
+    native.load_kernel.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="ended with status 1"):
+            get_backend("native")
+    finally:
+        native.load_kernel.cache_clear()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
-from kvzip.errors import UnknownNameError
+from kvzip.errors import BackendError, UnknownNameError
 
 BACKENDS = {
+    "native": "kvzip.backends.native:NativeBackend",
     "cpu": "kvzip.backends.cpu:CPUBackend",
     "reference": "kvzip.backends.reference:ReferenceBackend",
 }
@@ -45,12 +46,17 @@ class Backend(Protocol):
 
 
 def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
-    """The backend of that name; `auto` takes `cpu` on a CPU and `reference` elsewhere.
+    """The backend of that name; `auto` takes `native` on a CPU, `cpu` where that can't be, and `reference` elsewhere.
 
-    Raises UnknownNameError.
+    Raises UnknownNameError, and BackendError where a backend that was asked for can't run on this machine.
     """
     if name == "auto":
-        name = "cpu" if torch.device(device).type == "cpu" else "reference"
+        if torch.device(device).type != "cpu":
+            return get_backend("reference")
+        try:
+            return get_backend("native")
+        except BackendError:
+            return get_backend("cpu")
     if name not in BACKENDS:
         raise UnknownNameError.of("backend", name, ["auto", *BACKENDS])
     module, cls = BACKENDS[name].split(":")

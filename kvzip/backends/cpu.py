@@ -8,6 +8,8 @@ from torch import Tensor
 from kvzip.backends.reference import ReferenceBackend, fold_batch, unfold_batch
 from kvzip.context import RaggedLayer
 
+MIN_ROWS = 32  # query rows of a KV head from which PyTorch's kernel uses several threads by itself
+MIN_SPLIT, NUM_PARTS = 512, 4  # keys from which a segment is split, and into how many parts
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -44,16 +46,47 @@ class CPUBackend(ReferenceBackend):
         if softcap is not None or layer.keys.device.type != "cpu":
             return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
         rows = fold_batch(query, layer.num_kv_heads)
-        out = torch.zeros_like(rows)
-        lse = torch.full(rows.shape[:2], -torch.inf)
-        for head, (start, end) in enumerate(zip(layer.offsets, layer.offsets[1:], strict=False)):
-            if start == end:
-                continue
-            bias = None if layer.bias is None else layer.bias[start:end].to(rows.dtype).reshape(1, 1, 1, -1)
-            keys, values = layer.keys[None, None, start:end], layer.values[None, None, start:end]
-            head_out, head_lse = _call(rows[None, None, head], keys, values, scale=scale, attn_mask=bias)
-            out[head], lse[head] = head_out[0, 0], head_lse[0, 0]
-        return unfold_batch(out, lse, query)
+        parts = [_attend_head(rows[head], layer, head, scale) for head in range(layer.num_kv_heads)]
+        return unfold_batch(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]), query)
+
+
+def _attend_head(rows: Tensor, layer: RaggedLayer, head: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The rows [R, D] of one KV head: ([R, D], [R]). Few rows see many keys in parts, so that more threads are used."""
+    start, end = layer.offsets[head], layer.offsets[head + 1]
+    if start == end:
+        return torch.zeros_like(rows), torch.full(rows.shape[:1], -torch.inf)
+    bias = None if layer.bias is None else layer.bias[start:end].to(rows.dtype)
+    keys, values = layer.keys[start:end], layer.values[start:end]
+    split = NUM_PARTS if len(rows) < MIN_ROWS and end - start >= MIN_SPLIT else 1
+    part_len = (end - start) // split
+    out, lse = _attend_parts(rows, keys, values, bias, split, part_len, scale)
+    rest = split * part_len
+    if rest < end - start:
+        bias = None if bias is None else bias[rest:]
+        more = _attend_parts(rows, keys[rest:], values[rest:], bias, 1, end - start - rest, scale)
+        out, lse = torch.cat([out, more[0]]), torch.cat([lse, more[1]])
+    return _join(out, lse)
+
+
+def _attend_parts(
+    rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, split: int, part_len: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to `split` runs of `part_len` keys, each on its own: ([split, R, D], [split, R])."""
+    shape = (1, split, part_len, -1)
+    taken = slice(0, split * part_len)
+    mask = None if bias is None else bias[taken].reshape(1, split, 1, part_len).expand(-1, -1, len(rows), -1)
+    query = rows.expand(1, split, -1, -1)
+    out, lse = _call(query, keys[taken].reshape(shape), values[taken].reshape(shape), scale=scale, attn_mask=mask)
+    return out[0], lse[0]
+
+
+def _join(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts [n, R, D] and [n, R] joined by their log-sum-exp."""
+    if len(out) == 1:
+        return out[0], lse[0]
+    total = torch.logsumexp(lse, dim=0)
+    weights = torch.exp(lse - total).to(out.dtype)
+    return (out * weights.unsqueeze(-1)).sum(dim=0), total
 
 
 def _call(

@@ -1,0 +1,112 @@
+// Attention of query rows to the ragged keys and values of one layer, float32. Compiled by kvzip/backends/native.py.
+//
+// Query rows stand in the lanes of a vector while logits are made, so that a key is read once for all of them and the
+// softmax needs no sum across lanes. While one half of a block is worked on, the other is fetched from memory. Long
+// segments are cut into parts, so that all threads are busy whatever the lengths; the parts are joined by their
+// log-sum-exp, in an order that does not depend on the number of threads.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 32  // keys whose weights are held at a time: keys and values of a block fit the first-level cache
+#define PART 512  // keys of a part; native.py sizes the scratch memory by it
+#define MAX_DIM 512
+#define LOWEST -1e30f // stands for minus infinity, so that differences stay numbers
+#define ALWAYS __attribute__((always_inline))
+#define PREFETCH(address) __builtin_prefetch((address), 0, 3)
+
+typedef float wide __attribute__((vector_size(32), aligned(4), may_alias));
+
+// out = out * shrink + the weighted sum of `count` values.  weights: every `stride`th float.  ahead, share: `share`
+// floats that are needed next.
+static inline ALWAYS void add_values(float *out, const float *weights, int stride, float shrink, const float *v,
+                                     const float *ahead, int share, int count, int dim) {
+  int d = 0, step = share / (count * (dim < 64 ? 1 : dim / 64));
+  for (; d + 64 <= dim; d += 64) {
+    wide *o = (wide *)(out + d);
+    wide b0 = o[0] * shrink, b1 = o[1] * shrink, b2 = o[2] * shrink, b3 = o[3] * shrink;
+    wide b4 = o[4] * shrink, b5 = o[5] * shrink, b6 = o[6] * shrink, b7 = o[7] * shrink;
+    for (int j = 0; j < count; j++) {
+      const wide *p = (const wide *)(v + (int64_t)j * dim + d);
+      float w = weights[j * stride];
+      PREFETCH(ahead);
+      ahead += step;
+      b0 += p[0] * w, b1 += p[1] * w, b2 += p[2] * w, b3 += p[3] * w;
+      b4 += p[4] * w, b5 += p[5] * w, b6 += p[6] * w, b7 += p[7] * w;
+    }
+    o[0] = b0, o[1] = b1, o[2] = b2, o[3] = b3, o[4] = b4, o[5] = b5, o[6] = b6, o[7] = b7;
+  }
+  if (d == dim) return;
+  for (int e = d; e < dim; e++) out[e] *= shrink;
+  for (int j = 0; j < count; j++)
+    for (int e = d; e < dim; e++) out[e] += weights[j * stride] * v[(int64_t)j * dim + e];
+}
+
+#define LANES 4
+#define NAME(x) x##_4
+#include "ragged_rows.h"
+
+#define LANES 8
+#define NAME(x) x##_8
+#include "ragged_rows.h"
+
+static void attend_part(const float *q, int rows, const float *k, const float *v, const float *bias, int count, int dim,
+                        float scale, float *out, float *lse) {
+  if (rows <= 4) {
+    if (dim == 64) return attend_4(q, rows, k, v, bias, count, 64, scale, out, lse);
+    if (dim == 128) return attend_4(q, rows, k, v, bias, count, 128, scale, out, lse);
+    return attend_4(q, rows, k, v, bias, count, dim, scale, out, lse);
+  }
+  if (dim == 64) return attend_8(q, rows, k, v, bias, count, 64, scale, out, lse);
+  if (dim == 128) return attend_8(q, rows, k, v, bias, count, 128, scale, out, lse);
+  attend_8(q, rows, k, v, bias, count, dim, scale, out, lse);
+}
+
+static int parts_of(const int32_t *offsets, int head) { return (offsets[head + 1] - offsets[head] + PART - 1) / PART; }
+
+// One row joined from the parts of its head.
+static void join_row(const float *part_out, const float *part_lse, int num_parts, int num_rows, int dim, float *out,
+                     float *lse) {
+  float top = LOWEST, sum = 0;
+  memset(out, 0, sizeof(float) * dim);
+  *lse = -INFINITY;
+  if (num_parts == 0) return;
+  for (int i = 0; i < num_parts; i++) top = fmaxf(top, part_lse[(int64_t)i * num_rows]);
+  for (int i = 0; i < num_parts; i++) sum += expf(part_lse[(int64_t)i * num_rows] - top);
+  for (int i = 0; i < num_parts; i++) {
+    float w = expf(part_lse[(int64_t)i * num_rows] - top) / sum;
+    const float *from = part_out + (int64_t)i * num_rows * dim;
+    for (int d = 0; d < dim; d++) out[d] += w * from[d];
+  }
+  *lse = top + logf(sum);
+}
+
+// q: [heads, rows, dim].  k, v: [N, dim].  bias: [N] or null.  offsets: [heads + 1].
+// scratch: [N / PART + heads, rows, dim + 1].  out: [heads, rows, dim].  lse: [heads, rows].
+void kvzip_attend_ragged(const float *q, const float *k, const float *v, const float *bias, const int32_t *offsets,
+                         int heads, int rows, int dim, float scale, float *scratch, float *out, float *lse,
+                         int threads) {
+  int num_parts = 0;
+  for (int h = 0; h < heads; h++) num_parts += parts_of(offsets, h);
+  float *part_out = scratch, *part_lse = scratch + (int64_t)num_parts * rows * dim;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < num_parts; i++) {
+      int head = 0, part = i;
+      while (part >= parts_of(offsets, head)) part -= parts_of(offsets, head++);
+      int64_t start = offsets[head] + (int64_t)part * PART, left = offsets[head + 1] - start;
+      attend_part(q + (int64_t)head * rows * dim, rows, k + start * dim, v + start * dim, bias ? bias + start : 0,
+                  left < PART ? (int)left : PART, dim, scale, part_out + (int64_t)i * rows * dim,
+                  part_lse + (int64_t)i * rows);
+    }
+#pragma omp for schedule(static)
+    for (int i = 0; i < heads * rows; i++) {
+      int head = i / rows, row = i % rows, first = 0;
+      for (int h = 0; h < head; h++) first += parts_of(offsets, h);
+      join_row(part_out + ((int64_t)first * rows + row) * dim, part_lse + (int64_t)first * rows + row,
+               parts_of(offsets, head), rows, dim, out + (int64_t)i * dim, lse + i);
+    }
+  }
+}
