@@ -20,13 +20,14 @@ from kvzip.budget import Amounts
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.errors import ContextLengthError
 from kvzip.hf.geometry import Geometry
-from kvzip.hf.prefill import PrefillCache, Replay, forward_at
+from kvzip.hf.prefill import PrefillCache, Replay, forward_at, replay
 from kvzip.methods import Method
 from kvzip.ops.ragged import cu_seqlens_of, pack, pack_bits
 from kvzip.ops.rope import shift_keys
 from kvzip.ops.selection import select_above
 from kvzip.progress import Progress, silent
 from kvzip.scorers import get_scorer
+from kvzip.scorers.base import Observation
 
 CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
 BRIDGE_LEN = 8  # tokens of the chunk before that a later repeat prompt quotes
@@ -115,24 +116,28 @@ class FullContext:
         chunk_len: int = CHUNK_LEN,
         *,
         faithful: bool = False,
+        local: bool = False,
         progress: Progress = silent,
     ) -> Tensor:
-        """Scores [Lf, Hkv, S] float32 of the context's pairs, higher = keep."""
+        """Scores [Lf, Hkv, S] float32 of the context's pairs, higher = keep.
+
+        local: a replayed chunk sees prefix and chunk alone, so that the cost is linear in the length of the context.
+        """
         full_layers = self.engine.geometry.full_layers
         num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
         scorer = get_scorer(scorer_name, len(full_layers), num_kv_heads, self.context_ids.numel())
-        index_of = {layer: index for index, layer in enumerate(full_layers)}
-        chunks = chunk_slices(self.context_ids.numel(), chunk_len, merge_short=not faithful)
-        progress("score", 0, self.context_ids.numel())
-        try:
-            for chunk, ids in self._replays(chunks):
-                start, end = self.prefix_ids.numel() + chunk.start, self.prefix_ids.numel() + chunk.stop
-                observe = lambda layer, seen: scorer.observe(index_of[layer], seen)  # noqa: E731
-                self.cache.set_replay(Replay(self.prefix_ids.numel(), start, end, observe))
-                forward_at(self.engine.model, ids, self.length, self.cache)
-                progress("score", chunk.stop, self.context_ids.numel())
-        finally:
-            self.cache.set_replay(None)
+        prefix_len, total = self.prefix_ids.numel(), self.context_ids.numel()
+        progress("score", 0, total)
+
+        def observe(layer: int, seen: Observation) -> None:
+            index = full_layers.index(layer)
+            scorer.observe(index, seen)
+            done = (seen.chunk.stop - seen.chunk.start) * (index + 1) // len(full_layers)
+            progress("score", seen.chunk.start + done, total)
+
+        for chunk, ids in self._replays(chunk_slices(total, chunk_len, merge_short=not faithful)):
+            start, end = prefix_len + chunk.start, prefix_len + chunk.stop
+            replay(self.engine.model, ids, self.cache, Replay(prefix_len, start, end, observe, full_layers[-1], local))
         return scorer.scores()
 
     def _replays(self, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:

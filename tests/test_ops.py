@@ -77,7 +77,7 @@ def test_column_max_equals_softmax_then_max(seed: int, groups: int, q_len: int, 
     logits = query.reshape(2, groups, q_len, 8) @ keys.unsqueeze(1).transpose(2, 3) * 0.4
     expected = torch.softmax(logits, -1)[..., :kv_len].amax(dim=(1, 2))
     lse = torch.logsumexp(logits, -1).reshape(2 * groups, q_len)
-    got = attention.column_max(query, keys[:, :kv_len], lse, scale=0.4, block_rows=block)
+    got = attention.column_max(query, keys[:, :kv_len], lse, scale=0.4, block_logits=block)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 

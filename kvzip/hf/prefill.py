@@ -28,13 +28,20 @@ class Replay:
     """One replay pass: which part of the context it repeats, and who watches.
 
     prefix_len: tokens before the context.  start, end: the chunk, as positions counted from the first prefix token.
-    observe: called once a full-attention layer.
+    observe: called once a full-attention layer.  last: the last layer that is observed; what comes after its attention
+    is not computed.  local: the replayed tokens see prefix and chunk alone, not the rest of the context.
     """
 
     prefix_len: int
     start: int
     end: int
     observe: Callable[[int, Observation], None]
+    last: int
+    local: bool = False
+
+
+class _AllObserved(Exception):
+    """Ends a replay in the middle of the model: nothing after this point is needed."""
 
 
 class ReplayView(View):
@@ -52,6 +59,10 @@ class ReplayView(View):
             scored = self._merge(query, call, slice(0, rp.prefix_len), scored)
             scored = self._merge(query, call, slice(rp.start, rp.end), scored)
         self._show(query, call, scored[1])
+        if self.layer.index == rp.last:
+            raise _AllObserved
+        if rp.local:
+            return scored[0]
         out = self._merge(query, call, slice(rp.prefix_len, rp.start), scored)
         return self._merge(query, call, slice(rp.end, self.layer.length), out)[0]
 
@@ -175,6 +186,17 @@ class PrefillCache(Cache):
         """Attend without appending, shown to `replay.observe`; None goes back to appending."""
         for layer in self.layers:
             layer.replay = replay
+
+
+def replay(model: PreTrainedModel, ids: Tensor, cache: PrefillCache, how: Replay) -> None:
+    """Run the decoder over `ids` [T] behind the whole context, up to the last layer that is observed."""
+    cache.set_replay(how)
+    try:
+        forward_at(model, ids, cache.length, cache)
+    except _AllObserved:
+        pass
+    finally:
+        cache.set_replay(None)
 
 
 def forward_at(model: PreTrainedModel, ids: Tensor, position: int, cache: Cache) -> None:

@@ -68,22 +68,25 @@ def column_max(
     *,
     scale: float,
     softcap: float | None = None,
-    block_rows: int = 2048,
+    block_logits: int = 1 << 20,
 ) -> Tensor:
     """The largest attention weight that each key receives from any query of its KV head.
 
     query: [Hq, T, D].  keys: [Hkv, S, D].  lse: [Hq, T] float32, the log-sum-exp of each row over all the keys that
-    its softmax runs over (`keys` may be a part of them).  block_rows: query rows of a KV head looked at together, so
-    that at most Hkv * block_rows * S logits exist at a time.
+    its softmax runs over (`keys` may be a part of them).  block_logits: logits that exist at a time (one row of S at
+    least); few enough to stay in a CPU's cache, where they are made and reduced.
     Returns [Hkv, S] float32 in [0, 1]. No exponential is taken before the maximum: exp is monotonic.
     """
     num_kv_heads, kv_len, head_dim = keys.shape
     rows = (query.float() * scale).reshape(num_kv_heads, -1, head_dim)
     row_lse = lse.reshape(num_kv_heads, -1, 1)
-    columns = keys.float().transpose(1, 2)
+    step = max(1, block_logits // max(1, kv_len))
     best = torch.full((num_kv_heads, kv_len), -torch.inf, device=keys.device)
-    for start in range(0, rows.shape[1], block_rows):
-        logits = soft_capped(rows[:, start : start + block_rows] @ columns, softcap)
-        logits -= row_lse[:, start : start + block_rows]
-        torch.maximum(best, logits.amax(dim=1), out=best)
+    block = best.new_empty(min(step, rows.shape[1]), kv_len)
+    for head, columns in enumerate(keys.float().transpose(1, 2)):
+        for start in range(0, rows.shape[1], step):
+            taken = rows[head, start : start + step]
+            logits = torch.mm(taken, columns, out=block[: len(taken)])
+            logits = soft_capped(logits, softcap).sub_(row_lse[head, start : start + step])
+            torch.maximum(best[head], logits.amax(dim=0), out=best[head])
     return best.exp_().clamp_max_(1.0)
