@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvzip._version import __version__
 from kvzip.errors import (
+    BackendError,
     BudgetError,
     ContextLengthError,
     FetchError,
@@ -30,13 +31,14 @@ from kvzip.errors import (
 
 if TYPE_CHECKING:
     from kvzip.generation import Answer
-    from kvzip.llm import LLM, CompressedContext, CompressOptions, Prefilled
+    from kvzip.llm import LLM, CompressedContext, Prefilled
     from kvzip.loading import load, wrap
+    from kvzip.options import CompressOptions
     from kvzip.session import Session
 
 _LAZY = {
     "Answer": "kvzip.generation",
-    "CompressOptions": "kvzip.llm",
+    "CompressOptions": "kvzip.options",
     "CompressedContext": "kvzip.llm",
     "LLM": "kvzip.llm",
     "Prefilled": "kvzip.llm",
@@ -48,6 +50,7 @@ _LAZY = {
 __all__ = [
     "LLM",
     "Answer",
+    "BackendError",
     "BudgetError",
     "CompressOptions",
     "CompressedContext",

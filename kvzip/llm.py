@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvzip import store
 from kvzip._version import __version__
 from kvzip.backends import get_backend
-from kvzip.budget import check_keep_ratio, resolve_pairs
+from kvzip.budget import resolve_pairs
 from kvzip.compress import (
     CHUNK_LEN,
     Engine,
@@ -45,40 +45,13 @@ from kvzip.hf.geometry import probe
 from kvzip.hf.template import Template, make_template
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.methods import Method, parse_method
+from kvzip.options import CompressOptions
 from kvzip.progress import Progress, silent
 from kvzip.session import Session
 
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
-DEFAULT_KEEP_RATIO = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressOptions:
-    """What `compress` takes besides the text.
-
-    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no compression. 0.3
-    where neither it nor `budget` is given.  budget: instead, a number of context pairs, or bytes as text ("64MiB").
-    method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`).
-    faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
-    chunk_len: tokens replayed at a time.
-    """
-
-    keep_ratio: float | None = None
-    budget: int | str | None = None
-    method: str = "kvzip"
-    faithful: bool = False
-    chunk_len: int = CHUNK_LEN
-
-    def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.budget is None:
-            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
-        if self.keep_ratio is not None:
-            check_keep_ratio(self.keep_ratio)
-        if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:
-            raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
-        parse_method(self.method)
 
 
 class LLM:
@@ -221,7 +194,7 @@ class Prefilled:
         self._full = FullContext(llm.engine(), prefix_ids, context_ids)
         self._chunk_len(CHUNK_LEN)  # refuse before reading
         self._full.prefill(progress=progress)
-        self._scores: dict[tuple[str, int, bool], tuple[Tensor, float]] = {}
+        self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
 
     def compress(
         self,
@@ -255,10 +228,12 @@ class Prefilled:
         chunk_len: int = CHUNK_LEN,
         *,
         faithful: bool = False,
+        replay_scope: str = "auto",
         progress: Progress = silent,
     ) -> Tensor:
-        """Scores [Lf, Hkv, S] float32 of the method's scorer; computed once."""
-        return self._scored(method, chunk_len, faithful, progress)[0]
+        """Scores [Lf, Hkv, S] float32 of the method's scorer; computed once.  Arguments: see `CompressOptions`."""
+        options = CompressOptions(chunk_len=chunk_len, faithful=faithful, replay_scope=replay_scope)
+        return self._scored(method, options, progress)[0]
 
     def _select(
         self, options: CompressOptions, method: Method, num_pairs: int, total: int, progress: Progress
@@ -266,37 +241,50 @@ class Prefilled:
         if num_pairs == total:  # nothing to choose
             shape = (len(self.llm.geometry.full_layers), -1, self._full.context_ids.numel())
             return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
-        scores, score_s = self._scored(method, options.chunk_len, options.faithful, progress)
+        scores, score_s = self._scored(method, options, progress)
         return select(scores, method, num_pairs, faithful=options.faithful), score_s
 
-    def _scored(self, method: Method, chunk_len: int, faithful: bool, progress: Progress) -> tuple[Tensor, float]:
-        key = (method.scorer, chunk_len, faithful)
+    def _scored(self, method: Method, options: CompressOptions, progress: Progress) -> tuple[Tensor, float]:
+        key = (method.scorer, options.chunk_len, options.faithful, self._is_local(options))
         if key not in self._scores:
             started = time.perf_counter()
-            scores = self._score(method, chunk_len, faithful, progress)
+            scores = self._score(method, options, progress)
             self._scores[key] = scores, time.perf_counter() - started
         return self._scores[key]
 
-    def _score(self, method: Method, chunk_len: int, faithful: bool, progress: Progress) -> Tensor:
+    def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
         context_len, full_layers = self._full.context_ids.numel(), self.llm.geometry.full_layers
         if method.scorer == "head-profile":
             num_kv_heads = self.llm.geometry.layers[full_layers[0]].num_kv_heads
             heads = load_head_profile(self.llm.fingerprint, (len(full_layers), num_kv_heads))
             return heads.unsqueeze(-1).expand(-1, -1, context_len)
-        name = f"{method.scorer}-faithful" if faithful else method.scorer
-        return self._full.score(name, self._chunk_len(chunk_len), faithful=faithful, progress=progress)
+        return self._full.score(
+            f"{method.scorer}-faithful" if options.faithful else method.scorer,
+            self._chunk_len(options.chunk_len),
+            faithful=options.faithful,
+            local=self._is_local(options),
+            progress=progress,
+        )
+
+    def _is_local(self, options: CompressOptions) -> bool:
+        return options.replays_locally(self._full.context_ids.numel())
 
     def _chunk_len(self, chunk_len: int) -> int:
         full = self._full
         lengths = full.prefix_ids.numel(), full.context_ids.numel()
         return fit_chunk_len(*lengths, full.engine.prompts, chunk_len, self.llm.max_positions)
 
+    def _variant(self, options: CompressOptions, method: Method) -> str:
+        """What else decided the scores, as it stands behind the name of the method."""
+        local = method.scorer == "reconstruction" and self._is_local(options)
+        return ("+faithful" if options.faithful else "") + ("+local-replay" if local else "")
+
     def _info(self, options: CompressOptions, method: Method, mask: Tensor, score_s: float) -> ContextInfo:
         system, instruction, source = self.texts
         return ContextInfo(
             model=self.llm.name,
             fingerprint=self.llm.fingerprint,
-            method=method.composition + ("+faithful" if options.faithful else ""),
+            method=method.composition + self._variant(options, method),
             dtype=self.llm.dtype_name,
             keep_ratio_asked=options.keep_ratio,
             budget_asked=None if options.budget is None else str(options.budget),

@@ -16,7 +16,7 @@ NAME = "kvzip_test_reference"
 
 @dataclass
 class State:
-    """evicted: layer -> [Hkv, S] bool, True = may not be attended to.  seen: layer -> (query, keys) of the last call."""
+    """evicted: layer -> [Hkv or 1, S] bool, True = may not be attended to.  seen: layer -> (query, keys) of the last call."""
 
     evicted: dict[int, Tensor] = field(default_factory=dict)
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ def attention(
     evicted = STATE.evicted.get(module.layer_idx)
     if evicted is not None:
         hidden = torch.zeros(key.shape[1], kv_len, dtype=torch.bool)
-        hidden[:, : evicted.shape[1]] = evicted
+        hidden[:, : evicted.shape[1]] = evicted  # [Hkv or 1, S]
         logits = logits.masked_fill(hidden.repeat_interleave(groups, 0)[None, :, None], -torch.inf)
     STATE.seen[module.layer_idx] = (query, key)
     out = torch.softmax(logits, dim=-1) @ values
@@ -100,16 +100,23 @@ class Reference:
         full_layers: tuple[int, ...],
         scale_of=None,
         softcap: float | None = None,
+        local: bool = False,
     ) -> Tensor:
         """[Lf, Hkv, S]: per chunk one forward over prefix + context + replay, softmax over prefix + chunk + replay keys.
 
-        replays: (chunk, ids that repeat it).  scale_of: layer -> softmax scale, None = 1/sqrt(D).
+        replays: (chunk, ids that repeat it).  scale_of: layer -> softmax scale, None = 1/sqrt(D).  local: the replay
+        sees nothing of the other chunks.
         """
         rows = []
         whole = torch.cat([prefix, context])
         for chunk, ids in replays:
             cache = self._read(whole)
+            others = torch.ones(1, len(whole), dtype=torch.bool)
+            others[:, : len(prefix)] = False
+            others[:, len(prefix) + chunk.start : len(prefix) + chunk.stop] = False
+            STATE.evicted.update(dict.fromkeys(full_layers, others) if local else {})
             self.model(ids[None], past_key_values=cache, logits_to_keep=1)
+            STATE.evicted.clear()
             cache.crop(-len(ids))
             rows.append(
                 torch.stack(

@@ -131,10 +131,11 @@ def test_blocks_of_any_size_read_the_same(case: SimpleNamespace) -> None:
         torch.testing.assert_close(a.values, b.values, **NOISE)
 
 
-@pytest.mark.parametrize("faithful", [False, True])
-def test_scores_equal_the_direct_computation(case: SimpleNamespace, faithful: bool) -> None:
+@pytest.mark.parametrize(("faithful", "local"), [(False, False), (True, False), (False, True)])
+def test_scores_equal_the_direct_computation(case: SimpleNamespace, faithful: bool, local: bool) -> None:
     full = read(case)
-    ours = full.score("reconstruction-faithful" if faithful else "reconstruction", 40, faithful=faithful)
+    name = "reconstruction-faithful" if faithful else "reconstruction"
+    ours = full.score(name, 40, faithful=faithful, local=local)
     geometry = case.engine.geometry
     layer = geometry.layers[geometry.full_layers[0]]
     from kvzip.compress import chunk_slices
@@ -144,7 +145,7 @@ def test_scores_equal_the_direct_computation(case: SimpleNamespace, faithful: bo
     with Reference(case.model) as reference:
         expected = reference.scores(
             case.prefix, case.context, list(full._replays(chunks)), geometry.full_layers,
-            None if faithful else (lambda i: geometry.layers[i].scale), None if faithful else layer.softcap,
+            None if faithful else (lambda i: geometry.layers[i].scale), None if faithful else layer.softcap, local,
         )  # fmt: skip
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
     assert ours.min() > 0 and ours.max() <= 1 and ours.std() > 1e-3

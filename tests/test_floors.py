@@ -23,7 +23,7 @@ FLOORS = [
     ["kvzip.backends", "kvzip.store", "kvzip.models.catalogue", "kvzip.models.cache"],
     ["kvzip.hf", "kvzip.models"],
     ["kvzip.compress", "kvzip.generation", "kvzip.head_profile"],
-    ["kvzip.session", "kvzip.llm", "kvzip.loading", "kvzip.inspect"],
+    ["kvzip.options", "kvzip.session", "kvzip.llm", "kvzip.loading", "kvzip.inspect"],
     ["kvzip.bench"],
     ["kvzip.cli", "kvzip.__main__"],
 ]

@@ -13,6 +13,7 @@ import kvzip
 PUBLIC = [
     "LLM",
     "Answer",
+    "BackendError",
     "BudgetError",
     "CompressOptions",
     "CompressedContext",

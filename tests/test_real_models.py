@@ -119,8 +119,9 @@ def test_scores_equal_the_direct_computation(case: SimpleNamespace) -> None:
     full, geometry = case.prefilled._full, case.llm.geometry
     context_len, chunk_len = len(full.context_ids), 200
     layer = geometry.layers[geometry.full_layers[0]]
-    for faithful in (False, True):
-        ours = case.prefilled.scores(parse_method("kvzip"), chunk_len, faithful=faithful)
+    for faithful, scope in ((False, "global"), (True, "global"), (False, "local")):
+        method = parse_method("kvzip")
+        ours = case.prefilled.scores(method, chunk_len, faithful=faithful, replay_scope=scope)
         chunks = chunk_slices(context_len, chunk_len, merge_short=not faithful)
         with Reference(case.llm.model) as reference:
             expected = reference.scores(
@@ -130,6 +131,7 @@ def test_scores_equal_the_direct_computation(case: SimpleNamespace) -> None:
                 geometry.full_layers,
                 None if faithful else (lambda _: layer.scale),
                 None if faithful else layer.softcap,
+                scope == "local",
             )
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=5e-3)
         assert ours.shape == (len(geometry.full_layers), layer.num_kv_heads, context_len)

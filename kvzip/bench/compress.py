@@ -7,14 +7,21 @@ from typing import Any
 import torch
 
 from kvzip.bench.baseline import plain_prefill
-from kvzip.bench.measure import paired, peak_over, provenance, ratios, summary, timed
+from kvzip.bench.measure import paired, peak_over, ratios, report, timed
 from kvzip.bench.texts import bench_text
 from kvzip.llm import LLM, CompressedContext
 from kvzip.memory import rss_nbytes
 
+WARMUP_LEN = 512  # tokens: first use of the weights and of the matrix library; a whole round takes minutes
+
 
 def bench_compress(
-    llm: LLM, context_len: int, keep_ratio: float, num_runs: int = 3, text_path: str | None = None
+    llm: LLM,
+    context_len: int,
+    keep_ratio: float,
+    num_runs: int = 3,
+    text_path: str | None = None,
+    replay_scope: str = "auto",
 ) -> dict[str, Any]:
     """Compression against a plain prefill of the same tokens by transformers, in alternation.
 
@@ -28,7 +35,7 @@ def bench_compress(
     base = rss_nbytes()
 
     def compress() -> tuple[float, CompressedContext]:
-        return timed(lambda: llm.compress(text, keep_ratio), llm.model.device)
+        return timed(lambda: llm.compress(text, keep_ratio, replay_scope=replay_scope), llm.model.device)
 
     def plain() -> float:
         peak, (seconds, _) = peak_over(
@@ -46,8 +53,8 @@ def bench_compress(
         last.append(context)
         return seconds
 
-    samples = paired(num_runs, {"plain_prefill_s": plain, "compress_s": ours})
-    seen = {name: values[-num_runs:] for name, values in seen.items()}
+    plain_prefill(llm, _ids(llm, text)[:WARMUP_LEN])
+    samples = paired(num_runs, {"plain_prefill_s": plain, "compress_s": ours}, warmup=0)
     extra = [c - p for c, p in zip(samples["compress_s"], seen["prefill_s"], strict=True)]
     figures = {
         **samples,
@@ -57,18 +64,9 @@ def bench_compress(
         "peak_over_prefill_peak": ratios(seen["peak_nbytes"], seen["plain_peak_nbytes"]),
     }
     context = last[0]
-    sizes = {"kv_nbytes": context.data.kv_nbytes, "full_kv_nbytes": context.data.info.full_kv_nbytes}
-    return {
-        "bench": "compress",
-        "model": llm.name,
-        "dtype": llm.dtype_name,
-        "context_len": context.data.context_len,
-        "keep_ratio": keep_ratio,
-        "text": text_path and text_path.rsplit("/", 1)[-1],
-        **provenance(llm.model.device),
-        **sizes,
-        "figures": {name: summary(values) for name, values in figures.items()},
-    }
+    info = context.data.info
+    sizes = {"kv_nbytes": context.data.kv_nbytes, "full_kv_nbytes": info.full_kv_nbytes, "method": info.method}
+    return report("compress", llm, context.data.context_len, keep_ratio, text_path, figures, **sizes)
 
 
 def _ids(llm: LLM, text: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kvzip._version import __version__
+from kvzip.llm import LLM
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
@@ -69,6 +70,41 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
+def report(
+    bench: str,
+    llm: LLM,
+    context_len: int,
+    keep_ratio: float,
+    text_path: str | None,
+    figures: dict[str, list[float]],
+    **more: Any,
+) -> dict[str, Any]:
+    """A result as it is written: what was measured, where, and the summary of each figure.
+
+    text_path: where the text came from; only its name is kept.
+    """
+    return {
+        "bench": bench,
+        "model": llm.name,
+        "dtype": llm.dtype_name,
+        "context_len": context_len,
+        "keep_ratio": keep_ratio,
+        "text": text_path and Path(text_path).name,
+        **provenance(llm.model.device),
+        **more,
+        "figures": {name: summary(values) for name, values in figures.items()},
+    }
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the device can do at most: bytes read a second, and float32 operations a second of a matrix product."""
+    numbers = torch.ones(1 << 26, device=device)
+    square = torch.ones(2048, 2048, device=device)
+    read = min(timed(numbers.sum, device)[0] for _ in range(4))
+    product = min(timed(lambda: square @ square, device)[0] for _ in range(4))
+    return {"read_bytes_per_s": numbers.nbytes / read, "matmul_flops_per_s": 2 * 2048**3 / product}
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to know about where a number comes from, but the number itself."""
     return {
@@ -81,6 +117,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
+        "ceilings": ceilings(device),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvzip.bench.baseline import plain_first_token
-from kvzip.bench.measure import paired, provenance, ratios, summary, timed
+from kvzip.bench.measure import paired, ratios, report, timed
 from kvzip.bench.texts import bench_text
 from kvzip.llm import LLM
 
@@ -42,14 +42,4 @@ def bench_open(
         **samples,
         "prefill_over_open": ratios(samples["prefill_first_token_s"], samples["open_first_token_s"]),
     }
-    return {
-        "bench": "open",
-        "model": llm.name,
-        "dtype": llm.dtype_name,
-        "context_len": context.data.context_len,
-        "keep_ratio": keep_ratio,
-        "text": text_path and text_path.rsplit("/", 1)[-1],
-        **provenance(llm.model.device),
-        "file_nbytes": nbytes,
-        "figures": {name: summary(values) for name, values in figures.items()},
-    }
+    return report("open", llm, context.data.context_len, keep_ratio, text_path, figures, file_nbytes=nbytes)

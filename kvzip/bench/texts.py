@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from kvzip.errors import InputError
 from kvzip.llm import LLM
@@ -28,19 +29,35 @@ def bench_text(llm: LLM, context_len: int, path: str | None = None) -> str:
     return str(llm.tokenizer.decode(ids[:context_len]))
 
 
+def bench_questions(path: str, text: str, count: int) -> list[str]:
+    """`count` questions of a SQuAD JSON file about paragraphs that stand in `text`, spread evenly. Raises InputError."""
+    found = [qa["question"] for p in _paragraphs(Path(path)) if p["context"] in text for qa in p["qas"]]
+    if len(found) < count:
+        raise InputError(f"{path} has {len(found)} questions about the text, {count} are needed: give more text")
+    return [found[i * len(found) // count] for i in range(count)]
+
+
 def _bundled() -> str:
     return files("kvzip").joinpath("data", "lighthouse.txt").read_text(encoding="utf-8")
 
 
 def _read(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read as UTF-8 text ({error}): give a text or a SQuAD JSON file") from error
     if path.suffix != ".json":
-        return content
+        return _text_of(path)
+    return "\n\n".join(p["context"] for p in _paragraphs(path))
+
+
+def _paragraphs(path: Path) -> list[dict[str, Any]]:
+    """All paragraphs of a SQuAD JSON file, each with `context` and `qas`. Raises InputError."""
     try:
-        articles = json.loads(content)["data"]
-        return "\n\n".join(p["context"] for article in articles for p in article["paragraphs"])
+        articles = json.loads(_text_of(path))["data"]
+        return [{"context": p["context"], "qas": p["qas"]} for article in articles for p in article["paragraphs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a SQuAD JSON file ({error!r})") from error
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read as UTF-8 text ({error}): give a text or a SQuAD JSON file") from error

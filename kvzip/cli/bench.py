@@ -15,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure wha
 EPILOG = examples(
     "kvzip bench compress -m smollm2-135m --context-len 2000",
     "kvzip bench open -m smollm2-135m --context-len 6000 --json open.json",
+    "kvzip bench decode -m qwen2.5-coder-0.5b --context-len 16000",
 )
 
 ContextLen = Annotated[int, typer.Option("--context-len", metavar="N", help="Tokens of the context.")]
@@ -22,19 +23,29 @@ KeepRatio = Annotated[float, typer.Option("-r", "--keep-ratio", metavar="R", hel
 Runs = Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Counted runs, after one warm-up.")]
 Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="A text, or SQuAD JSON. Default: bundled.")]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Threads of torch.")]
+Scope = Annotated[str, typer.Option("--replay-scope", metavar="SCOPE", help="global, local or auto.")]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - is stdout.")]
 
 
 @app.command(cls=Command, epilog=EPILOG)
 def compress(
     model: Model, context_len: ContextLen = 2000, keep_ratio: KeepRatio = 0.3, runs: Runs = 3, text: Text = None,
-    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
-    quiet: Quiet = False,
+    replay_scope: Scope = "auto", threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto",
+    device: Device = "auto", quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Compressing against a plain prefill: seconds, peak memory, bytes kept."""
     from kvzip.bench.compress import bench_compress
 
-    _run(bench_compress, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+    _run(
+        bench_compress,
+        (context_len, keep_ratio, runs, text, replay_scope),
+        model,
+        dtype,
+        device,
+        threads,
+        json_file,
+        quiet,
+    )
 
 
 @app.command("open", cls=Command, epilog=EPILOG)
@@ -47,6 +58,64 @@ def open_(
     from kvzip.bench.open import bench_open
 
     _run(bench_open, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
+def decode(
+    model: Model, context_len: ContextLen = 4000, keep_ratio: KeepRatio = 0.3, runs: Runs = 5,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Decoding: attention, whole tokens and a batch, against transformers with its full cache. Random caches."""
+    from kvzip.bench.decode import bench_decode
+
+    _run(bench_decode, (context_len, keep_ratio, runs), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
+def memory(
+    model: Model, context_len: ContextLen = 2000, keep_ratio: KeepRatio = 0.3, runs: Runs = 3, text: Text = None,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Peak memory of reading and compressing, and what is held afterwards."""
+    from kvzip.bench.memory import bench_memory
+
+    _run(bench_memory, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
+def replay(
+    model: Model,
+    text: Annotated[str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: the text and its questions.")],
+    context_len: ContextLen = 2000, runs: Runs = 1, threads: Threads = None, json_file: JsonFile = None,
+    dtype: DType = "auto", device: Device = "auto", quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Global against local replay: time, overlap of the kept pairs, effect on answers at keep ratio 0.3 and 0.5."""
+    from kvzip.bench.replay import bench_replay
+
+    _run(bench_replay, (context_len, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
+def scale(
+    context_len: Annotated[
+        list[int] | None, typer.Option("--context-len", metavar="N", help="Tokens; give it again for more lengths.")
+    ] = None,
+    keep_ratio: KeepRatio = 0.3, replay_scope: Scope = "auto", threads: Threads = None, json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Time and memory against the length, with a tiny random-weight Llama: 20K to 170K tokens unless told."""
+    from kvzip.cli.loading import start
+
+    with Bars(quiet) as bars:
+        start(bars)
+        _set_threads(threads)
+        from kvzip.bench.scale import bench_scale
+
+        with bars.step("Measuring"):
+            result = bench_scale(context_len or [20_000, 40_000, 80_000, 170_000], keep_ratio, replay_scope)
+    _show(result, json_file)
 
 
 @app.command(cls=Command)
@@ -69,15 +138,26 @@ def _run(
     from kvzip.budget import check_keep_ratio
     from kvzip.cli.loading import load_llm
 
-    check_keep_ratio(settings[1])
+    for value in settings:
+        if isinstance(value, float):  # keep ratios are the only ones
+            check_keep_ratio(value)
     with Bars(quiet) as bars:
         llm = load_llm(model, bars, dtype=dtype, device=device)
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         with bars.step("Measuring"):
             result = bench(llm, *settings)
+    _show(result, json_file)
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _show(result: dict[str, Any], json_file: str | None) -> None:
+    """The result as JSON to a file or stdout, or as lines to read."""
     if json_file == "-":
         print_json(result)
         return

@@ -16,7 +16,8 @@ from kvzip.cli.texts import STDIN, read_text
 from kvzip.errors import FileError, InputError
 
 if TYPE_CHECKING:
-    from kvzip.llm import LLM, CompressedContext, CompressOptions
+    from kvzip.llm import LLM, CompressedContext
+    from kvzip.options import CompressOptions
 
 EPILOG = examples(
     "kvzip compress book.txt -m qwen2.5-coder-0.5b",
@@ -53,6 +54,9 @@ def compress(
     instruction: Annotated[str | None, typer.Option(metavar="TEXT", help="Stands before the text.")] = None,
     faithful: Annotated[bool, typer.Option("--faithful", help="The choices of the paper's own code.")] = False,
     chunk_len: Annotated[int, typer.Option(metavar="N", help="Tokens that the model repeats at a time.")] = 2000,
+    replay_scope: Annotated[
+        str, typer.Option(metavar="SCOPE", help="What a repeated chunk sees: global, local, auto (local if long).")
+    ] = "auto",
     force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite a file that is not a .kvz.")] = False,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -69,7 +73,9 @@ def compress(
         from kvzip.cli.loading import check_can_fit, load_llm, start
 
         start(bars)
-        options = make_options(keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len)
+        options = make_options(
+            keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len, replay_scope=replay_scope
+        )
         llm = load_llm(model, bars, dtype=dtype, device=device)
         check_can_fit(llm, text)
         texts = {"system": system, "instruction": instruction, "source": source}
@@ -85,7 +91,7 @@ def compress(
 def make_options(keep_ratio: float | None, budget: str | None, **options: Any) -> CompressOptions:
     """The options, checked before the long work. Raises BudgetError, UnknownNameError or InputError."""
     from kvzip.budget import parse_nbytes
-    from kvzip.llm import CompressOptions
+    from kvzip.options import CompressOptions
 
     amount: int | str | None = budget
     if budget is not None and budget.strip().lstrip("+-").isdecimal():
@@ -103,6 +109,7 @@ def run(llm: LLM, text: str, options: CompressOptions, texts: dict[str, str | No
         method=options.method,
         faithful=options.faithful,
         chunk_len=options.chunk_len,
+        replay_scope=options.replay_scope,
         progress=bars,
         **texts,
     )

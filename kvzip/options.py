@@ -1,0 +1,51 @@
+"""What a compression can be asked for, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvzip.budget import check_keep_ratio
+from kvzip.compress import CHUNK_LEN
+from kvzip.errors import InputError, UnknownNameError
+from kvzip.methods import parse_method
+
+DEFAULT_KEEP_RATIO = 0.3
+REPLAY_SCOPES = ("auto", "global", "local")
+LOCAL_FROM = 10_000  # tokens of a context from which "auto" replays locally: docs/decisions.md says why
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """What `compress` takes besides the text.
+
+    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no compression. 0.3
+    where neither it nor `budget` is given.  budget: instead, a number of context pairs, or bytes as text ("64MiB").
+    method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`).
+    faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
+    chunk_len: tokens replayed at a time.  replay_scope: what a replayed chunk sees of the context: "global" all of it,
+    "local" prefix and chunk alone (the cost is then linear in the length), "auto" local from LOCAL_FROM tokens on.
+    """
+
+    keep_ratio: float | None = None
+    budget: int | str | None = None
+    method: str = "kvzip"
+    faithful: bool = False
+    chunk_len: int = CHUNK_LEN
+    replay_scope: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is None and self.budget is None:
+            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
+        if self.keep_ratio is not None:
+            check_keep_ratio(self.keep_ratio)
+        if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:
+            raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
+        if self.replay_scope not in REPLAY_SCOPES:
+            raise UnknownNameError.of("replay scope", str(self.replay_scope), REPLAY_SCOPES)
+        parse_method(self.method)
+
+    def replays_locally(self, context_len: int) -> bool:
+        """Whether a context of that many tokens is replayed chunk by chunk, each without the others."""
+        if self.replay_scope == "auto":
+            return not self.faithful and context_len >= LOCAL_FROM
+        return self.replay_scope == "local"
