@@ -30,7 +30,7 @@ def bench_text(llm: LLM, context_len: int, path: str | None = None) -> str:
 
 
 def bench_questions(path: str, text: str, count: int) -> list[str]:
-    """`count` questions of a SQuAD JSON file about paragraphs that stand in `text`, spread evenly. Raises InputError."""
+    """`count` questions of a SQuAD JSON file on paragraphs that stand in `text`, spread evenly. Raises InputError."""
     found = [qa["question"] for p in _paragraphs(Path(path)) if p["context"] in text for qa in p["qas"]]
     if len(found) < count:
         raise InputError(f"{path} has {len(found)} questions about the text, {count} are needed: give more text")
