@@ -47,6 +47,23 @@ def test_long_segments_are_split_and_joined(name: str, head_dim: int, groups: in
     check_ragged(name, layer, 2, groups, 3, None)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tail_len", [1, 300])
+def test_decoding_is_attention_to_context_and_tail(name: str, tail_len: int) -> None:
+    layer, gen = ragged_layer([700, 0, 5], 8, False, 64), torch.Generator().manual_seed(9)
+    query = torch.randn(1, 6, 1, 64, generator=gen)
+    keys, values = (torch.randn(1, 3, 400, 64, generator=gen)[:, :, :tail_len] for _ in range(2))
+    out = get_backend(name).decode(query, layer, keys, values, scale=0.2)
+    for head, (start, end) in enumerate(zip(layer.offsets, layer.offsets[1:], strict=False)):
+        whole = [
+            torch.cat([kept[start:end], tail[0, head]])[None, None]
+            for kept, tail in ((layer.keys, keys), (layer.values, values))
+        ]
+        rows = slice(2 * head, 2 * head + 2)
+        expected, _ = attention.attend(query[:, rows], *whole, scale=0.2)
+        torch.testing.assert_close(out[:, rows], expected, atol=1e-5, rtol=1e-5)
+
+
 @needs_compiler
 def test_the_kernel_gives_the_same_with_any_number_of_threads() -> None:
     layer = ragged_layer([3001, 700, 40], 6, False, 64)

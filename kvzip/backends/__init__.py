@@ -44,6 +44,19 @@ class Backend(Protocol):
         """Attention of every query [B, Hq, T, D] to all pairs of its KV head in a full-attention layer."""
         ...
 
+    def decode(
+        self,
+        query: Tensor,
+        layer: RaggedLayer,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """The output [1, Hq, 1, D] of one new token over a full-attention layer and a tail [1, Hkv, S_tail, D]."""
+        ...
+
 
 def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
     """The backend of that name; `auto` takes `native` on a CPU, `cpu` where that can't be, and `reference` elsewhere.

@@ -25,7 +25,7 @@ from kvzip.context import RaggedLayer
 from kvzip.errors import BackendError
 from kvzip.models.cache import cache_dir
 
-PART = 512  # keys of a part, as in ragged.c
+PART = 256  # keys of a part, as in ragged.c
 MAX_DIM = 512  # as in ragged.c
 MAX_ROWS = 512  # query rows of a KV head; beyond that the matrix products of the `cpu` backend are faster
 SOURCES = ("ragged.c", "ragged_rows.h")
@@ -48,24 +48,53 @@ class NativeBackend(CPUBackend):
         rows = fold_batch(query, layer.num_kv_heads)
         if softcap is not None or not _fits(rows, layer):
             return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
+        return unfold_batch(*self._attend(rows, layer, scale), query)
+
+    def decode(
+        self,
+        query: Tensor,
+        layer: RaggedLayer,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        rows = fold_batch(query, layer.num_kv_heads)
+        if softcap is not None or not _fits(rows, layer) or not _fits_tail(keys, values):
+            return super().decode(query, layer, keys, values, scale=scale, softcap=softcap)
+        return self._attend(rows, layer, scale, (keys, values))[0].view(query.shape)
+
+    def _attend(
+        self, rows: Tensor, layer: RaggedLayer, scale: float, tail: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [Hkv, R, D] over the segments of the layer and, if given, a tail [1, Hkv, S_tail, D]."""
         num_kv_heads, num_rows, head_dim = rows.shape
-        num_parts = layer.keys.shape[0] // PART + num_kv_heads
+        keys, values = tail or (rows, rows)  # read only where there are tail keys
+        tail_len = keys.shape[2] if tail else 0
+        num_parts = (layer.keys.shape[0] + num_kv_heads * tail_len) // PART + 2 * num_kv_heads
         scratch = rows.new_empty(num_parts, num_rows, head_dim + 1)
         out, lse = torch.empty_like(rows), rows.new_empty(num_kv_heads, num_rows)
         bias = None if layer.bias is None else layer.bias.data_ptr()
         self._kernel(
             rows.data_ptr(), layer.keys.data_ptr(), layer.values.data_ptr(), bias, layer.cu_seqlens.data_ptr(),
-            num_kv_heads, num_rows, head_dim, scale, scratch.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            torch.get_num_threads(),
+            keys.data_ptr(), values.data_ptr(), keys.stride(1), tail_len, num_kv_heads, num_rows, head_dim, scale,
+            scratch.data_ptr(), out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return unfold_batch(out, lse, query)
+        return out, lse
 
 
 def _fits(rows: Tensor, layer: RaggedLayer) -> bool:
     """Whether the kernel takes these: it reads memory as it lies."""
-    tensors = (rows, layer.keys, layer.values, *([] if layer.bias is None else [layer.bias]))
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    tensors = (rows, layer.keys, layer.values) if layer.bias is None else (rows, layer.keys, layer.values, layer.bias)
+    plain = all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
     return plain and 0 < rows.shape[1] <= MAX_ROWS and rows.shape[2] <= MAX_DIM
+
+
+def _fits_tail(keys: Tensor, values: Tensor) -> bool:
+    """Whether each head's keys and values lie row after row, heads equally far apart in both."""
+    plain = keys.dtype is torch.float32 and keys.is_cpu
+    return plain and keys.stride() == values.stride() and keys.stride()[2:] == (keys.shape[3], 1)
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +112,14 @@ def load_kernel() -> Kernel:
             "or take backend='cpu', which needs none"
         ) from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    kernel.argtypes = [*[pointer] * 5, *[number] * 3, ctypes.c_float, *[pointer] * 3, number]  # type: ignore[attr-defined]
+    kernel.argtypes = [  # type: ignore[attr-defined]
+        *[pointer] * 7,
+        ctypes.c_int64,
+        *[number] * 4,
+        ctypes.c_float,
+        *[pointer] * 3,
+        number,
+    ]
     kernel.restype = None  # type: ignore[attr-defined]
     return kernel
 

@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define BLOCK 32  // keys whose weights are held at a time: keys and values of a block fit the first-level cache
-#define PART 512  // keys of a part; native.py sizes the scratch memory by it
+#define PART 256  // most keys of a part; native.py sizes the scratch memory by it
 #define MAX_DIM 512
 #define LOWEST -1e30f // stands for minus infinity, so that differences stay numbers
 #define ALWAYS __attribute__((always_inline))
@@ -63,8 +63,6 @@ static void attend_part(const float *q, int rows, const float *k, const float *v
   attend_8(q, rows, k, v, bias, count, dim, scale, out, lse);
 }
 
-static int parts_of(const int32_t *offsets, int head) { return (offsets[head + 1] - offsets[head] + PART - 1) / PART; }
-
 // One row joined from the parts of its head.
 static void join_row(const float *part_out, const float *part_lse, int num_parts, int num_rows, int dim, float *out,
                      float *lse) {
@@ -82,31 +80,57 @@ static void join_row(const float *part_out, const float *part_lse, int num_parts
   *lse = top + logf(sum);
 }
 
+// Keys and values of one head: its segment of the context, and what a session added behind it.
+typedef struct {
+  const float *k, *v, *bias, *tail_k, *tail_v;
+  int count, tail_count, first_part;
+} Head;
+
+static int parts_of(int count) { return (count + PART - 1) / PART; }
+
+static void attend_head_part(const Head *head, int part, const float *q, int rows, int dim, float scale, float *out,
+                             float *lse) {
+  int parts = parts_of(head->count), count = head->count;
+  const float *k = head->k, *v = head->v, *bias = head->bias;
+  if (part >= parts) {
+    part -= parts, parts = parts_of(head->tail_count), count = head->tail_count;
+    k = head->tail_k, v = head->tail_v, bias = 0;
+  }
+  int64_t start = (int64_t)count * part / parts, end = (int64_t)count * (part + 1) / parts;
+  attend_part(q, rows, k + start * dim, v + start * dim, bias ? bias + start : 0, (int)(end - start), dim, scale, out, lse);
+}
+
 // q: [heads, rows, dim].  k, v: [N, dim].  bias: [N] or null.  offsets: [heads + 1].
-// scratch: [N / PART + heads, rows, dim + 1].  out: [heads, rows, dim].  lse: [heads, rows].
+// tail_k, tail_v: tail_count keys of each head, `tail_stride` floats from one head to the next; every row sees them.
+// scratch: [parts, rows, dim + 1] with parts = N / PART + heads * (2 + tail_count / PART).
+// out: [heads, rows, dim].  lse: [heads, rows].
 void kvzip_attend_ragged(const float *q, const float *k, const float *v, const float *bias, const int32_t *offsets,
-                         int heads, int rows, int dim, float scale, float *scratch, float *out, float *lse,
-                         int threads) {
+                         const float *tail_k, const float *tail_v, int64_t tail_stride, int tail_count, int heads,
+                         int rows, int dim, float scale, float *scratch, float *out, float *lse, int threads) {
+  Head head[heads];
   int num_parts = 0;
-  for (int h = 0; h < heads; h++) num_parts += parts_of(offsets, h);
+  for (int h = 0; h < heads; h++) {
+    int64_t start = offsets[h];
+    head[h] = (Head){k + start * dim, v + start * dim, bias ? bias + start : 0, tail_k + h * tail_stride,
+                     tail_v + h * tail_stride, offsets[h + 1] - offsets[h], tail_count, num_parts};
+    num_parts += parts_of(head[h].count) + parts_of(tail_count);
+  }
   float *part_out = scratch, *part_lse = scratch + (int64_t)num_parts * rows * dim;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < num_parts; i++) {
-      int head = 0, part = i;
-      while (part >= parts_of(offsets, head)) part -= parts_of(offsets, head++);
-      int64_t start = offsets[head] + (int64_t)part * PART, left = offsets[head + 1] - start;
-      attend_part(q + (int64_t)head * rows * dim, rows, k + start * dim, v + start * dim, bias ? bias + start : 0,
-                  left < PART ? (int)left : PART, dim, scale, part_out + (int64_t)i * rows * dim,
-                  part_lse + (int64_t)i * rows);
+      int h = heads - 1;
+      while (head[h].first_part > i) h--;
+      attend_head_part(&head[h], i - head[h].first_part, q + (int64_t)h * rows * dim, rows, dim, scale,
+                       part_out + (int64_t)i * rows * dim, part_lse + (int64_t)i * rows);
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads * rows; i++) {
-      int head = i / rows, row = i % rows, first = 0;
-      for (int h = 0; h < head; h++) first += parts_of(offsets, h);
-      join_row(part_out + ((int64_t)first * rows + row) * dim, part_lse + (int64_t)first * rows + row,
-               parts_of(offsets, head), rows, dim, out + (int64_t)i * dim, lse + i);
+      int h = i / rows, row = i % rows;
+      int64_t first = (int64_t)head[h].first_part * rows + row;
+      join_row(part_out + first * dim, part_lse + first, parts_of(head[h].count) + parts_of(tail_count), rows, dim,
+               out + (int64_t)i * dim, lse + i);
     }
   }
 }

@@ -49,6 +49,19 @@ class ReferenceBackend:
         parts = [self._attend_head(rows[h : h + 1], layer, h, scale, softcap) for h in range(layer.num_kv_heads)]
         return unfold_batch(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), query)
 
+    def decode(
+        self,
+        query: Tensor,
+        layer: RaggedLayer,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        tail = self.attend(query, keys, values, scale=scale, softcap=softcap)
+        return attention.merge(*tail, *self.attend_ragged(query, layer, scale=scale, softcap=softcap))[0]
+
     def _attend_head(
         self, rows: Tensor, layer: RaggedLayer, head: int, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
@@ -62,6 +75,8 @@ class ReferenceBackend:
 def fold_batch(query: Tensor, num_kv_heads: int) -> Tensor:
     """[B, Hq, T, D] -> [Hkv, B * G * T, D]: all queries that read the same segment, as rows."""
     batch, _, q_len, head_dim = query.shape
+    if batch == 1:
+        return query.reshape(num_kv_heads, -1, head_dim)
     grouped = query.reshape(batch, num_kv_heads, -1, q_len, head_dim)
     return grouped.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
 
@@ -69,6 +84,8 @@ def fold_batch(query: Tensor, num_kv_heads: int) -> Tensor:
 def unfold_batch(out: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `fold_batch` for outputs [Hkv, B * G * T, D] and their log-sum-exp [Hkv, B * G * T]."""
     batch, num_heads, q_len, head_dim = query.shape
+    if batch == 1:
+        return out.reshape(query.shape), lse.reshape(batch, num_heads, q_len)
     grouped = (out.shape[0], batch, -1, q_len)
     outputs = out.reshape(*grouped, head_dim).transpose(0, 1).reshape(batch, num_heads, q_len, head_dim)
     return outputs, lse.reshape(grouped).transpose(0, 1).reshape(batch, num_heads, q_len)

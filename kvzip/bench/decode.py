@@ -56,7 +56,10 @@ def _attention(
     """One token's attention over all full-attention layers."""
     layers = [llm.geometry.layers[i] for i in llm.geometry.full_layers]
     gen = torch.Generator().manual_seed(3)
-    queries = [torch.randn(1, layer.num_heads, 1, layer.head_dim, generator=gen).to(llm.model) for layer in layers]
+    queries = [
+        torch.randn(1, layer.num_heads, 1, layer.head_dim, generator=gen).to(llm.model.device, llm.model.dtype)
+        for layer in layers
+    ]
     groups = SimpleNamespace(num_key_value_groups=layers[0].num_heads // layers[0].num_kv_heads, is_causal=True)
 
     def plain() -> None:

@@ -19,7 +19,7 @@ def random_full_cache(llm: LLM, context_len: int, batch: int = 1) -> DynamicCach
     gen = torch.Generator().manual_seed(0)
     for index, layer in enumerate(llm.geometry.layers):
         shape = (batch, layer.num_kv_heads, context_len, layer.head_dim)
-        keys, values = (torch.randn(shape, generator=gen).to(llm.model) for _ in range(2))
+        keys, values = (torch.randn(shape, generator=gen).to(llm.model.device, llm.model.dtype) for _ in range(2))
         cache.update(keys, values, index)
     return cache
 
