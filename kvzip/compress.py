@@ -27,7 +27,7 @@ from kvzip.ops.rope import shift_keys
 from kvzip.ops.selection import select_above
 from kvzip.progress import Progress, silent
 from kvzip.scorers import get_scorer
-from kvzip.scorers.base import Observation
+from kvzip.scorers.base import Observation, Scorer
 
 CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
 BRIDGE_LEN = 8  # tokens of the chunk before that a later repeat prompt quotes
@@ -126,7 +126,22 @@ class FullContext:
         full_layers = self.engine.geometry.full_layers
         num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
         scorer = get_scorer(scorer_name, len(full_layers), num_kv_heads, self.context_ids.numel())
-        prefix_len, total = self.prefix_ids.numel(), self.context_ids.numel()
+        self.replay(scorer, chunk_len, merge_short=not faithful, local=local, progress=progress)
+        return scorer.scores()
+
+    @torch.inference_mode()
+    def replay(
+        self,
+        scorer: Scorer,
+        chunk_len: int = CHUNK_LEN,
+        *,
+        merge_short: bool = True,
+        local: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        """Let the model repeat the context chunk by chunk while `scorer` watches."""
+        full_layers, prefix_len = self.engine.geometry.full_layers, self.prefix_ids.numel()
+        total = self.context_ids.numel()
         progress("score", 0, total)
 
         def observe(layer: int, seen: Observation) -> None:
@@ -135,10 +150,9 @@ class FullContext:
             done = (seen.chunk.stop - seen.chunk.start) * (index + 1) // len(full_layers)
             progress("score", seen.chunk.start + done, total)
 
-        for chunk, ids in self._replays(chunk_slices(total, chunk_len, merge_short=not faithful)):
+        for chunk, ids in self._replays(chunk_slices(total, chunk_len, merge_short=merge_short)):
             start, end = prefix_len + chunk.start, prefix_len + chunk.stop
             replay(self.engine.model, ids, self.cache, Replay(prefix_len, start, end, observe, full_layers[-1], local))
-        return scorer.scores()
 
     def _replays(self, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk with the ids that repeat it: prompt, bridge, end of turn, the chunk itself."""

@@ -25,7 +25,7 @@ from kvzip.context import RaggedLayer
 from kvzip.errors import BackendError
 from kvzip.models.cache import cache_dir
 
-PART = 256  # keys of a part, as in ragged.c
+PART = 512  # keys of a part, as in ragged.c
 MAX_DIM = 512  # as in ragged.c
 MAX_ROWS = 512  # query rows of a KV head; beyond that the matrix products of the `cpu` backend are faster
 SOURCES = ("ragged.c", "ragged_rows.h")

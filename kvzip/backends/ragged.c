@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define BLOCK 32  // keys whose weights are held at a time: keys and values of a block fit the first-level cache
-#define PART 256  // most keys of a part; native.py sizes the scratch memory by it
+#define PART 512  // most keys of a part; native.py sizes the scratch memory by it
 #define MAX_DIM 512
 #define LOWEST -1e30f // stands for minus infinity, so that differences stay numbers
 #define ALWAYS __attribute__((always_inline))

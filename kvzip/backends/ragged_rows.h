@@ -71,9 +71,9 @@ static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const float
   NAME(vec) turned[MAX_DIM], s[BLOCK];
   for (int first = 0; first < num_rows; first += LANES) {
     int rows = num_rows - first < LANES ? num_rows - first : LANES;
-    for (int d = 0; d < dim; d++) {
-      turned[d] = (NAME(vec)){0};
-      for (int r = 0; r < rows; r++) turned[d][r] = q[(int64_t)(first + r) * dim + d] * scale;
+    for (int r = 0; r < LANES; r++) {
+      const float *row = q + (int64_t)(first + (r < rows ? r : 0)) * dim;  // lanes to spare repeat the first row
+      for (int d = 0; d < dim; d++) ((float *)turned)[d * LANES + r] = row[d] * scale;
     }
     NAME(state) state = {NAME(splat)(LOWEST), {0}};
     float *to = out + (int64_t)first * dim;
@@ -88,7 +88,8 @@ static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const float
         add_values(to + r * dim, (const float *)s + r, LANES, shrink[r], values, ahead + r * share, share, n, dim);
     }
     for (int r = 0; r < rows; r++) {
-      for (int d = 0; d < dim; d++) to[r * dim + d] /= state.sum[r];
+      float share = 1 / state.sum[r];
+      for (int d = 0; d < dim; d++) to[r * dim + d] *= share;
       lse[first + r] = state.top[r] + logf(state.sum[r]);
     }
   }

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from kvzip.bench.baseline import plain_prefill
-from kvzip.bench.measure import paired, peak_over, ratios, report, timed
+from kvzip.bench.measure import WARMUP_LEN, paired, peak_over, ratios, report, timed
 from kvzip.bench.texts import bench_text
 from kvzip.llm import LLM, CompressedContext
 from kvzip.memory import rss_nbytes
-
-WARMUP_LEN = 512  # tokens: first use of the weights and of the matrix library; a whole round takes minutes
 
 
 def bench_compress(

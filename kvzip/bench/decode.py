@@ -19,6 +19,7 @@ from kvzip.hf.cache import SessionCache
 from kvzip.llm import LLM, CompressedContext
 
 NUM_TOKENS = 8  # decoded at a time
+ANSWER_TOKENS = 32  # of each question
 QUESTIONS = ["What is this text about?", "Who is named first?", "Where does it end?", "Which year is it?"]
 
 
@@ -113,8 +114,8 @@ def _tokens(llm: LLM, context: CompressedContext, full: DynamicCache) -> dict[st
 
 
 def _questions(context: CompressedContext) -> dict[str, Callable[[], float]]:
-    """Four questions with `NUM_TOKENS` tokens of answer each: one after another, and as one batch."""
-    options: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "eos_token_id": None}
+    """Four questions with `ANSWER_TOKENS` tokens of answer each: one after another, and as one batch."""
+    options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "eos_token_id": None}
     device = context.llm.model.device
 
     def alone() -> None:

@@ -20,6 +20,7 @@ from kvzip._version import __version__
 from kvzip.llm import LLM
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 
+WARMUP_LEN = 512  # tokens read before measuring: first use of weights and libraries; a whole round takes minutes
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 

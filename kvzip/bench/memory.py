@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvzip.bench.baseline import plain_prefill
-from kvzip.bench.measure import paired, peak_over, ratios, report
+from kvzip.bench.measure import WARMUP_LEN, paired, peak_over, ratios, report
 from kvzip.bench.texts import bench_text
 from kvzip.llm import LLM, CompressedContext
 from kvzip.memory import release_freed, rss_nbytes
@@ -21,7 +21,7 @@ def bench_memory(
     """
     text = bench_text(llm, context_len, text_path)
     ids = torch.cat([torch.tensor(llm.prefix_ids(), dtype=torch.int64), llm.tokenize(text)])
-    plain_prefill(llm, ids[:512])
+    plain_prefill(llm, ids[:WARMUP_LEN])
     base = rss_nbytes()
     held: list[float] = []
     last: list[CompressedContext] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvzip.bench.baseline import plain_first_token
-from kvzip.bench.measure import paired, ratios, report, timed
+from kvzip.bench.measure import WARMUP_LEN, paired, ratios, report, timed
 from kvzip.bench.texts import bench_text
 from kvzip.llm import LLM
 
@@ -37,7 +37,9 @@ def bench_open(
                 lambda: llm.open(path).ask(QUESTION, max_new_tokens=1), llm.model.device
             )[0],
         }
-        samples = paired(num_runs, works)
+        plain_first_token(llm, ids[-WARMUP_LEN:])
+        llm.open(path).ask(QUESTION, max_new_tokens=1)
+        samples = paired(num_runs, works, warmup=0)
     figures = {
         **samples,
         "prefill_over_open": ratios(samples["prefill_first_token_s"], samples["open_first_token_s"]),

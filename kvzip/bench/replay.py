@@ -7,28 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvzip.bench.baseline import plain_prefill
 from kvzip.bench.measure import paired, ratios, report, timed
 from kvzip.bench.texts import bench_questions, bench_text
 from kvzip.hf.cache import SessionCache
 from kvzip.llm import LLM, CompressedContext
 from kvzip.methods import parse_method
 from kvzip.options import CompressOptions
+from kvzip.scorers import get_scorer
+from kvzip.scorers.base import Observation, Scorer
 
 NUM_QUESTIONS, NUM_TOKENS = 8, 16
 KEEP_RATIOS = (0.3, 0.5)
 
 
 def bench_replay(llm: LLM, context_len: int, num_runs: int, text_path: str) -> dict[str, Any]:
-    """Both scopes on the same prefill, in alternation.
+    """Both scopes on the same prefill, and a plain prefill by transformers, in alternation.
 
     text_path: SQuAD JSON, whose questions measure the effect on answers: mean KL(full || compressed) in nats over the
-    full cache's greedy answers.  Figures: seconds of each replay and their ratio; rank correlation of the scores
-    (Spearman); overlap of the kept sets and KL at keep ratio 0.3 and 0.5.
+    full cache's greedy answers.  Figures: seconds of each replay, and of the scorer apart from the forward pass of the
+    local one; ratios; rank correlation of the scores (Spearman); overlap of the kept sets, and KL, at two keep ratios.
     """
     text = bench_text(llm, context_len, text_path)
+    ids = torch.cat([torch.tensor(llm.prefix_ids(), dtype=torch.int64), llm.tokenize(text)])
     full, method = llm.prefill(text), parse_method("kvzip")
     scores: dict[str, Tensor] = {}
-    known = {}
+    known, scorer_s = {}, []
+
+    def plain() -> float:
+        return timed(lambda: plain_prefill(llm, ids), llm.model.device)[0]
 
     def score(scope: str) -> float:
         full._scores.clear()  # or the second run would find the first one's
@@ -36,10 +43,21 @@ def bench_replay(llm: LLM, context_len: int, num_runs: int, text_path: str) -> d
         known.update(full._scores)
         return seconds
 
-    seconds = paired(num_runs, {"global_s": lambda: score("global"), "local_s": lambda: score("local")}, warmup=0)
+    def watch() -> float:
+        scorer = TimedScorer(get_scorer(method.scorer, *scores["local"].shape), llm.model.device)
+        seconds, _ = timed(lambda: full._full.replay(scorer, local=True), llm.model.device)
+        scorer_s.append(scorer.seconds)
+        return seconds - scorer.seconds
+
+    works = {"prefill_s": plain, "global_s": lambda: score("global"), "local_s": lambda: score("local")}
+    seconds = paired(num_runs, works | {"local_forward_s": watch}, warmup=0)
     full._scores.update(known)
     figures = {
         **seconds,
+        "scorer_s": scorer_s,
+        "scorer_over_local_forward": ratios(scorer_s, seconds["local_forward_s"]),
+        "global_over_prefill": ratios(seconds["global_s"], seconds["prefill_s"]),
+        "local_over_prefill": ratios(seconds["local_s"], seconds["prefill_s"]),
         "local_over_global": ratios(seconds["local_s"], seconds["global_s"]),
         "rank_correlation": [rank_correlation(scores["global"], scores["local"])],
     }
@@ -51,6 +69,19 @@ def bench_replay(llm: LLM, context_len: int, num_runs: int, text_path: str) -> d
         for scope, context in kept.items():
             figures[f"{scope}_kl_{keep_ratio}"] = [_kl(context, *reference) for reference in references]
     return report("replay", llm, full._full.context_ids.numel(), KEEP_RATIOS[0], text_path, figures)
+
+
+class TimedScorer:
+    """A scorer, and the seconds that it took."""
+
+    def __init__(self, scorer: Scorer, device: torch.device) -> None:
+        self.scorer, self.device, self.needs, self.seconds = scorer, device, scorer.needs, 0.0
+
+    def observe(self, layer: int, observation: Observation) -> None:
+        self.seconds += timed(lambda: self.scorer.observe(layer, observation), self.device)[0]
+
+    def scores(self) -> Tensor:
+        return self.scorer.scores()
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
