@@ -3,7 +3,7 @@
 #   PYTHON=python3.12           the Python that .venv is made with
 #   PIP_ARGS="..."              further arguments of pip, say to choose a build of torch (CONTRIBUTING.md)
 #   PYTEST_ARGS="..."           further arguments of pytest: make test PYTEST_ARGS="-m 'not real'"
-#   BENCH_MODELS, BENCH_LENS, BENCH_TEXT   what `make bench` measures
+#   BENCH_MODELS, BENCH_LENS, BENCH_TEXT (SQuAD JSON), BENCH_RUNS, DECODE_LENS   what `make bench` measures
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -15,13 +15,15 @@ INSTALLED := $(VENV)/.installed
 RESULTS := bench/results
 BENCH_MODELS ?= smollm2-135m qwen2.5-coder-0.5b
 BENCH_LENS ?= 2000 6000
-BENCH_TEXT ?= $(wildcard ../shared/data/xquad.en.dev.json)
+BENCH_TEXT ?= ../shared/data/xquad.en.dev.json
+BENCH_RUNS ?= 3
+DECODE_LENS ?= 4000 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check bench bench-kvpress results clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## Make .venv with the package and all that its tests need
 
@@ -42,13 +44,26 @@ check: venv ## Lint, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: venv ## Measure on this machine, and write docs/results.md anew; run nothing else meanwhile
+bench: venv ## Measure on this machine, and write docs/results.md anew; hours, and nothing else may run
 	mkdir -p $(RESULTS)
-	set -e; for model in $(BENCH_MODELS); do for len in $(BENCH_LENS); do for what in compress open; do \
-	  $(BIN)/kvzip bench $$what -m $$model --context-len $$len $(if $(BENCH_TEXT),--text $(BENCH_TEXT)) \
-	    --json $(RESULTS)/$$what-$$model-$$len.json; \
+	set -e; for model in $(BENCH_MODELS); do for len in $(BENCH_LENS); do for what in compress open memory replay; do \
+	  $(BIN)/kvzip bench $$what -m $$model --context-len $$len --text $(BENCH_TEXT) \
+	    --runs $(BENCH_RUNS) --json $(RESULTS)/$$what-$$model-$$len.json; \
 	done; done; done
-	$(BIN)/kvzip bench report $(RESULTS) -o docs/results.md
+	set -e; for model in $(BENCH_MODELS); do for len in $(DECODE_LENS); do \
+	  $(BIN)/kvzip bench decode -m $$model --context-len $$len --json $(RESULTS)/decode-$$model-$$len.json; \
+	done; done
+	$(BIN)/kvzip bench scale --json $(RESULTS)/scale.json
+	$(MAKE) results
+
+bench-kvpress: venv ## Measure kvpress against kvzip; makes .venv-kvpress, as kvpress wants another transformers
+	set -e; for len in $(BENCH_LENS); do \
+	  $(BIN)/python bench/kvpress.py -m smollm2-135m --context-len $$len --text $(BENCH_TEXT) \
+	    --runs $(BENCH_RUNS) --json $(RESULTS)/kvpress-smollm2-135m-$$len.json; \
+	done
+
+results: venv ## Write docs/results.md and its pictures from the result files
+	$(BIN)/kvzip bench report $(RESULTS) -o docs/results.md --pictures
 
 clean: ## Remove .venv and everything generated; fetched models stay in the user's cache folder
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

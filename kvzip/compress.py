@@ -47,6 +47,11 @@ class RepeatPrompts:
     later: Tensor
     after: Tensor
 
+    def before(self, context_ids: Tensor, start: int) -> Tensor:
+        """What asks for the chunk of `context_ids` [S] that begins at `start`."""
+        bridge = context_ids[max(0, start - BRIDGE_LEN) : start]
+        return torch.cat([self.later, bridge, self.after] if start else [self.first, self.after])
+
     @property
     def max_len(self) -> int:
         return max(self.first.numel(), self.later.numel() + BRIDGE_LEN) + self.after.numel()
@@ -126,7 +131,12 @@ class FullContext:
         full_layers = self.engine.geometry.full_layers
         num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
         scorer = get_scorer(scorer_name, len(full_layers), num_kv_heads, self.context_ids.numel())
-        self.replay(scorer, chunk_len, merge_short=not faithful, local=local, progress=progress)
+        if "replay_queries" in scorer.needs:
+            self.replay(scorer, chunk_len, merge_short=not faithful, local=local, progress=progress)
+        if "keys" in scorer.needs:
+            for index, layer in enumerate(full_layers):
+                keys, values = self.cache.layers[layer].read(slice(self.prefix_ids.numel(), self.length))
+                scorer.read(index, keys[0], values[0])
         return scorer.scores()
 
     @torch.inference_mode()
@@ -156,11 +166,9 @@ class FullContext:
 
     def _replays(self, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk with the ids that repeat it: prompt, bridge, end of turn, the chunk itself."""
-        prompts = self.engine.prompts
         for chunk in chunks:
-            bridge = self.context_ids[max(0, chunk.start - BRIDGE_LEN) : chunk.start]
-            prompt = torch.cat([prompts.later, bridge]) if chunk.start else prompts.first
-            yield chunk, torch.cat([prompt, prompts.after, self.context_ids[chunk]])
+            prompt = self.engine.prompts.before(self.context_ids, chunk.start)
+            yield chunk, torch.cat([prompt, self.context_ids[chunk]])
 
     def amounts(self) -> Amounts:
         """What budgets are taken of."""

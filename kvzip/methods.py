@@ -10,9 +10,14 @@ from kvzip.errors import UnknownNameError
 ALIASES = {
     "kvzip": "reconstruction+global",
     "kvzip-head": "head-profile+head",
+    "l2-norm": "key-norm+uniform",
+    "streaming-llm": "sinks-recent+uniform",
 }
 SCORER_HELP = {
     "reconstruction": "largest attention a pair gets while the model repeats the context (arXiv 2505.23416)",
+    "key-norm": "a small norm of the key (arXiv 2406.11430)",
+    "sinks-recent": "the first four tokens and the last ones (StreamingLLM, arXiv 2309.17453)",
+    "random": "chance, the same for the same shape",
     "head-profile": "one score a head, computed once per model by `kvzip profile-heads`",
 }
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvzip.backends import BACKENDS, get_backend, native
+from kvzip.backends import BACKENDS, get_backend, native, varlen
 from kvzip.context import RaggedLayer
 from kvzip.errors import BackendError, UnknownNameError
 from kvzip.ops import attention
@@ -141,6 +141,43 @@ def test_dense_equals_the_reference(name: str, shape: tuple[int, int], kind: str
     out, lse = get_backend(name).attend(query, keys, values, scale=0.25, **options)
     torch.testing.assert_close(out, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, expected[1], atol=1e-5, rtol=1e-5)
+
+
+def plain_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, scale, window_size=(-1, -1), enable_gqa=False
+):
+    """What `torch.nn.attention.varlen.varlen_attn` documents, sequence by sequence; it runs on CUDA alone."""
+    assert return_aux.lse and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    outs, lses = [], []
+    for i in range(len(cu_seq_q) - 1):
+        q, k, v = (
+            t[c[i] : c[i + 1]].transpose(0, 1)[None] for t, c in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
+        )
+        assert q.shape[2] <= max_q and k.shape[2] <= max_k
+        out, lse = attention.attend(q, k, v, scale=scale, is_causal=window_size == (-1, 0))
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0].masked_fill(lse[0] == -torch.inf, torch.inf))  # FlashAttention's sign for rows without keys
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_varlen_attention_is_called_as_documented(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    def library(*args, **kwargs):
+        out, lse = plain_varlen(*args, **kwargs)
+        return out, lse.transpose(0, 1) if transposed else lse
+
+    monkeypatch.setattr(varlen, "varlen_attn", library)
+    monkeypatch.setattr(varlen, "DEVICES", ("cpu",))
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    check_ragged("varlen", ragged_layer([5, 0, 9], 1, False), 2, 2, 3, None)
+    backend, query = get_backend("varlen"), torch.randn(2, 6, 5, 16)
+    keys, values = torch.randn(2, 2, 3, 8, 16)
+    for is_causal in (False, True):
+        expected = attention.attend(query, keys, values, scale=0.25, is_causal=is_causal)
+        found = backend.attend(query, keys, values, scale=0.25, is_causal=is_causal)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_backend_in_blocks_equals_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

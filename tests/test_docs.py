@@ -116,7 +116,7 @@ def test_commands_and_options_in_the_prose_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_shown_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     text = "\n".join([*blocks(page, "sh"), *re.findall(r"`(make [^`]+)`", prose(page))])
     for line in re.findall(r"^make (.*)$", text, re.MULTILINE):
         named = [word for word in shlex.split(line, comments=True) if "=" not in word]

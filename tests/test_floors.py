@@ -18,12 +18,13 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 
 # The floors, from the ground up. A folder stands for all modules in it; a module of its own goes before its folder.
 FLOORS = [
-    ["kvzip.errors", "kvzip._version", "kvzip.progress", "kvzip.memory", "kvzip.ops"],
+    ["kvzip.errors", "kvzip.files", "kvzip._version", "kvzip.progress", "kvzip.memory", "kvzip.ops"],
     ["kvzip.budget", "kvzip.methods", "kvzip.context", "kvzip.scorers"],
     ["kvzip.backends", "kvzip.store", "kvzip.models.catalogue", "kvzip.models.cache"],
     ["kvzip.hf", "kvzip.models"],
     ["kvzip.compress", "kvzip.generation", "kvzip.head_profile"],
     ["kvzip.options", "kvzip.session", "kvzip.llm", "kvzip.loading", "kvzip.inspect"],
+    ["kvzip.eval"],
     ["kvzip.bench"],
     ["kvzip.cli", "kvzip.__main__"],
 ]
@@ -43,6 +44,7 @@ LIBRARIES = {
     "numpy": ["kvzip.models"],
     "rich": ["kvzip.cli", "kvzip.inspect"],
     "typer": ["kvzip.cli"],
+    "matplotlib": ["kvzip.bench.plots"],
 }  # fmt: skip
 
 
@@ -160,7 +162,9 @@ def test_each_library_is_imported_only_where_it_belongs() -> None:
 def test_each_library_is_a_declared_dependency() -> None:
     declared = re.search(r"^dependencies = \[(.*?)^\]", PYPROJECT.read_text(encoding="utf-8"), re.M | re.S)
     assert declared is not None
-    names = set(re.findall(r'"([\w-]+)', declared[1]))
+    extras = re.search(r"^plots = \[(.*?)\]", PYPROJECT.read_text(encoding="utf-8"), re.M)
+    assert extras is not None
+    names = set(re.findall(r'"([\w-]+)', declared[1] + extras[1]))
     assert {library for library, _, _ in libraries()} <= names
 
 

@@ -15,10 +15,15 @@ from kvzip.context import RaggedLayer
 from kvzip.errors import BackendError, UnknownNameError
 
 BACKENDS = {
-    "native": "kvzip.backends.native:NativeBackend",
     "cpu": "kvzip.backends.cpu:CPUBackend",
+    "flex": "kvzip.backends.flex:FlexBackend",
+    "native": "kvzip.backends.native:NativeBackend",
     "reference": "kvzip.backends.reference:ReferenceBackend",
+    "varlen": "kvzip.backends.varlen:VarlenBackend",
 }
+
+
+PREFERRED = {"cpu": ("native", "cpu"), "cuda": ("varlen", "flex", "reference")}
 
 
 class Backend(Protocol):
@@ -59,19 +64,29 @@ class Backend(Protocol):
 
 
 def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
-    """The backend of that name; `auto` takes `native` on a CPU, `cpu` where that can't be, and `reference` elsewhere.
+    """The backend of that name; `auto` takes the first of the device's in `PREFERRED` that can run here.
 
     Raises UnknownNameError, and BackendError where a backend that was asked for can't run on this machine.
     """
     if name == "auto":
-        if torch.device(device).type != "cpu":
-            return get_backend("reference")
-        try:
-            return get_backend("native")
-        except BackendError:
-            return get_backend("cpu")
+        return _first_that_runs(PREFERRED.get(torch.device(device).type, ("reference",)))
     if name not in BACKENDS:
         raise UnknownNameError.of("backend", name, ["auto", *BACKENDS])
     module, cls = BACKENDS[name].split(":")
-    backend: Backend = getattr(import_module(module), cls)()
+    try:
+        backend: Backend = getattr(import_module(module), cls)()
+    except ImportError as error:
+        raise BackendError(
+            f"the backend {name!r} needs a later torch than {torch.__version__} ({error}): update torch, or take "
+            "backend='auto'"
+        ) from error
     return backend
+
+
+def _first_that_runs(names: tuple[str, ...]) -> Backend:
+    for name in names[:-1]:
+        try:
+            return get_backend(name)
+        except BackendError:
+            continue
+    return get_backend(names[-1])

@@ -100,16 +100,16 @@ def _fits_tail(keys: Tensor, values: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def load_kernel() -> Kernel:
     """The function `kvzip_attend_ragged` of ragged.c, compiled now if it was not before. Raises BackendError."""
-    path = _library_path()
     try:
+        path = _library_path()
         if not path.exists():
             _compile(path)
         kernel: Kernel = ctypes.CDLL(str(path)).kvzip_attend_ragged
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackendError(
-            f"the kernel {path.name} can't be built or loaded ({reason}): install a C compiler with OpenMP (gcc), "
-            "or take backend='cpu', which needs none"
+            f"the kernel of the native backend can't be built or loaded ({reason}): "
+            "install a C compiler with OpenMP (gcc), or take backend='cpu', which needs none"
         ) from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
     kernel.argtypes = [  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,16 @@ def bench_decode(llm: LLM, context_len: int, keep_ratio: float, num_runs: int = 
         "alone_over_batch": ratios(samples["alone_s"], samples["batch_s"]),
     }
     sizes = {"kv_nbytes": context.data.kv_nbytes, "full_kv_nbytes": context.data.info.full_kv_nbytes}
-    return report("decode", llm, context_len, keep_ratio, None, figures, **sizes, backend=type(llm.backend).__name__)
+    return report(
+        "decode",
+        llm,
+        context_len,
+        keep_ratio,
+        None,
+        figures,
+        **sizes,
+        backend=type(llm.backend).__name__.removesuffix("Backend").lower(),
+    )
 
 
 def _attention(
@@ -96,10 +106,10 @@ def _tokens(llm: LLM, context: CompressedContext, full: DynamicCache) -> dict[st
             token = logits[:, -1:].argmax(-1)
 
     def with_full() -> float:
+        cache = copy.copy(full)  # shallow: decoding makes new tensors and leaves these as they are
+        cache.layers = [copy.copy(layer) for layer in full.layers]
         with plain_attention(llm):
-            seconds, _ = timed(lambda: decode(full, context_len), llm.model.device)
-        full.crop(-NUM_TOKENS)
-        return seconds / NUM_TOKENS
+            return timed(lambda: decode(cache, context_len), llm.model.device)[0] / NUM_TOKENS
 
     def with_empty() -> float:
         with plain_attention(llm):

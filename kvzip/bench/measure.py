@@ -67,8 +67,8 @@ def paired(num_runs: int, works: dict[str, Callable[[], float]], warmup: int = 1
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
-    """Pair by pair."""
-    return [a / b for a, b in zip(above, below, strict=True)]
+    """Pair by pair; pairs with nothing below are left out."""
+    return [a / b for a, b in zip(above, below, strict=True) if b]
 
 
 def report(
@@ -93,7 +93,7 @@ def report(
         "text": text_path and Path(text_path).name,
         **provenance(llm.model.device),
         **more,
-        "figures": {name: summary(values) for name, values in figures.items()},
+        "figures": {name: summary(values) for name, values in figures.items() if values},
     }
 
 
@@ -109,7 +109,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to know about where a number comes from, but the number itself."""
     return {
-        "command": " ".join(["kvzip", *sys.argv[1:]]),
+        "command": _command(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "kvzip": __version__,
         "commit": _commit(),
@@ -126,6 +126,14 @@ def write_result(result: dict[str, Any], path: str | Path) -> None:
     """One JSON file, indented, so that a change of it can be read."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _command() -> str:
+    """How this was started, folders left out: a command for readers, who have other folders."""
+    program, *arguments = sys.argv
+    name = Path(program).name
+    start = "kvzip" if name in ("kvzip", "__main__.py") else f"python {name}"
+    return " ".join([start, *(Path(a).name if Path(a).is_absolute() else a for a in arguments)])
 
 
 def _synchronize(device: torch.device | None) -> None:

@@ -6,12 +6,15 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvzip.backends import get_backend
-from kvzip.bench.measure import peak_over, provenance, summary
-from kvzip.compress import Engine, FullContext, RepeatPrompts
+from kvzip.bench.measure import WARMUP_LEN, peak_over, provenance, summary
+from kvzip.bench.texts import bench_text
+from kvzip.compress import CHUNK_LEN, Engine, FullContext, RepeatPrompts, fit_chunk_len
 from kvzip.hf.geometry import probe
+from kvzip.llm import LLM
 from kvzip.memory import rss_nbytes
 from kvzip.ops.selection import select_global
 from kvzip.options import CompressOptions
@@ -31,43 +34,57 @@ def tiny_engine() -> Engine:
     return Engine(model, probe(model), get_backend("auto"), prompts)
 
 
-def bench_scale(context_lens: list[int], keep_ratio: float, replay_scope: str = "auto") -> dict[str, Any]:
+def bench_scale(
+    context_lens: list[int], keep_ratio: float, replay_scope: str = "auto", llm: LLM | None = None
+) -> dict[str, Any]:
     """Seconds and peak memory of reading, replaying and packing, one run a length.
 
+    llm: a model to read the bundled text with; the tiny one, reading random tokens, where not given.
     Returns settings, provenance and one row a length: `prefill_s`, `score_s`, `peak_nbytes` above the loaded model,
     `full_kv_nbytes`.
     """
-    engine, options = tiny_engine(), CompressOptions(keep_ratio=keep_ratio, replay_scope=replay_scope)
-    FullContext(engine, torch.arange(4), torch.arange(400) % 500).prefill()
-    rows = [_row(engine, length, options) for length in context_lens]
-    figures = {
-        f"{name}_{row['context_len']}": summary([row[name]]) for row in rows for name in ("prefill_s", "score_s")
-    }
+    engine = tiny_engine() if llm is None else llm.engine()
+    options = CompressOptions(keep_ratio=keep_ratio, replay_scope=replay_scope)
+    prefix, ids = _texts(llm, max(context_lens))
+    FullContext(engine, prefix, ids[:WARMUP_LEN]).prefill()
+    rows = [_row(engine, prefix, ids[:length], options) for length in context_lens]
+    names = ("prefill_s", "score_s")
     return {
         "bench": "scale",
-        "model": "tiny Llama, random weights",
-        "dtype": "float32",
+        "model": "tiny Llama, random weights" if llm is None else llm.name,
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
         "context_len": max(context_lens),
         "keep_ratio": keep_ratio,
         "replay_scope": replay_scope,
         **provenance(engine.model.device),
         "rows": rows,
-        "figures": figures,
+        "figures": {f"{name}_{row['context_len']}": summary([row[name]]) for row in rows for name in names},
     }
 
 
-def _row(engine: Engine, context_len: int, options: CompressOptions) -> dict[str, Any]:
-    ids = torch.randint(30, 512, (context_len,), generator=torch.Generator().manual_seed(1))
-    peak, seconds = peak_over(rss_nbytes(), lambda: _compress(engine, ids, options))
-    nbytes = engine.geometry.kv_nbytes(context_len + 4, engine.model.dtype)
-    return {"context_len": context_len, **seconds, "peak_nbytes": peak, "full_kv_nbytes": nbytes}
+def _texts(llm: LLM | None, context_len: int) -> tuple[Tensor, Tensor]:
+    """Ids of the prefix and of the longest context."""
+    if llm is None:
+        gen = torch.Generator().manual_seed(1)
+        return torch.arange(4), torch.randint(30, 512, (context_len,), generator=gen)
+    return torch.tensor(llm.prefix_ids(), dtype=torch.int64), llm.tokenize(bench_text(llm, context_len))
 
 
-def _compress(engine: Engine, ids: torch.Tensor, options: CompressOptions) -> dict[str, float]:
-    full = FullContext(engine, torch.arange(4), ids)
+def _row(engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions) -> dict[str, Any]:
+    limit = engine.geometry.max_positions
+    chunk_len = fit_chunk_len(prefix.numel(), ids.numel(), engine.prompts, CHUNK_LEN, limit)
+    peak, seconds = peak_over(rss_nbytes(), lambda: _compress(engine, prefix, ids, options, chunk_len))
+    nbytes = engine.geometry.kv_nbytes(prefix.numel() + ids.numel(), engine.model.dtype)
+    return {"context_len": ids.numel(), **seconds, "peak_nbytes": peak, "full_kv_nbytes": nbytes}
+
+
+def _compress(
+    engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions, chunk_len: int
+) -> dict[str, float]:
+    full = FullContext(engine, prefix, ids)
     full.prefill()
     started = time.perf_counter()
-    scores = full.score(local=options.replays_locally(ids.numel()))
+    scores = full.score(chunk_len=chunk_len, local=options.replays_locally(ids.numel()))
     score_s = time.perf_counter() - started
     assert options.keep_ratio is not None
     full.evict(select_global(scores, round(options.keep_ratio * scores.numel())), release=True)

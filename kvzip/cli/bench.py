@@ -63,13 +63,15 @@ def open_(
 @app.command(cls=Command, epilog=EPILOG)
 def decode(
     model: Model, context_len: ContextLen = 4000, keep_ratio: KeepRatio = 0.3, runs: Runs = 5,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="How ragged attention is computed.")] = "auto",
     threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Decoding: attention, whole tokens and a batch, against transformers with its full cache. Random caches."""
     from kvzip.bench.decode import bench_decode
 
-    _run(bench_decode, (context_len, keep_ratio, runs), model, dtype, device, threads, json_file, quiet)
+    settings = (context_len, keep_ratio, runs)
+    _run(bench_decode, settings, model, dtype, device, threads, json_file, quiet, backend=backend)
 
 
 @app.command(cls=Command, epilog=EPILOG)
@@ -88,13 +90,15 @@ def memory(
 def replay(
     model: Model,
     text: Annotated[str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: the text and its questions.")],
-    context_len: ContextLen = 2000, runs: Runs = 1, threads: Threads = None, json_file: JsonFile = None,
-    dtype: DType = "auto", device: Device = "auto", quiet: Quiet = False,
+    context_len: ContextLen = 2000, runs: Runs = 1,
+    baseline: Annotated[bool, typer.Option(help="Measure a plain prefill and the scorer too.")] = True,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Global against local replay: time, overlap of the kept pairs, effect on answers at keep ratio 0.3 and 0.5."""
     from kvzip.bench.replay import bench_replay
 
-    _run(bench_replay, (context_len, runs, text), model, dtype, device, threads, json_file, quiet)
+    _run(bench_replay, (context_len, runs, text, baseline), model, dtype, device, threads, json_file, quiet)
 
 
 @app.command(cls=Command, epilog=EPILOG)
@@ -102,19 +106,21 @@ def scale(
     context_len: Annotated[
         list[int] | None, typer.Option("--context-len", metavar="N", help="Tokens; give it again for more lengths.")
     ] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="A real model instead.")] = None,
     keep_ratio: KeepRatio = 0.3, replay_scope: Scope = "auto", threads: Threads = None, json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Time and memory against the length, with a tiny random-weight Llama: 20K to 170K tokens unless told."""
-    from kvzip.cli.loading import start
+    from kvzip.cli.loading import load_llm, start
 
     with Bars(quiet) as bars:
         start(bars)
         _set_threads(threads)
+        llm = None if model is None else load_llm(model, bars)
         from kvzip.bench.scale import bench_scale
 
         with bars.step("Measuring"):
-            result = bench_scale(context_len or [20_000, 40_000, 80_000, 170_000], keep_ratio, replay_scope)
+            result = bench_scale(context_len or [20_000, 40_000, 80_000, 170_000], keep_ratio, replay_scope, llm)
     _show(result, json_file)
 
 
@@ -122,18 +128,24 @@ def scale(
 def report(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the result files are.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.md", help="The page to write.")],
+    pictures: Annotated[bool, typer.Option("--pictures", help="Draw too: needs kvzip[plots].")] = False,
 ) -> None:
     """Write the page of results from the JSON files of a folder."""
     from pathlib import Path
 
-    from kvzip.bench.report import results_page
+    from kvzip.bench.report import load_results, results_page
 
-    Path(output).write_text(results_page(folder), encoding="utf-8")
+    shown = {}
+    if pictures:
+        from kvzip.bench.plots import draw
+
+        shown = draw(load_results(folder), Path(output).parent)
+    Path(output).write_text(results_page(folder, shown), encoding="utf-8")
 
 
 def _run(
     bench: Callable[..., dict[str, Any]], settings: tuple[Any, ...], model: str, dtype: str, device: str,
-    threads: int | None, json_file: str | None, quiet: bool,
+    threads: int | None, json_file: str | None, quiet: bool, backend: str = "auto",
 ) -> None:  # fmt: skip
     from kvzip.budget import check_keep_ratio
     from kvzip.cli.loading import load_llm
@@ -142,7 +154,7 @@ def _run(
         if isinstance(value, float):  # keep ratios are the only ones
             check_keep_ratio(value)
     with Bars(quiet) as bars:
-        llm = load_llm(model, bars, dtype=dtype, device=device)
+        llm = load_llm(model, bars, dtype=dtype, device=device, backend=backend)
         _set_threads(threads)
         with bars.step("Measuring"):
             result = bench(llm, *settings)

@@ -40,13 +40,13 @@ def start(bars: Bars) -> None:
             logging.disable_progress_bar()
 
 
-def load_llm(name: str, bars: Bars, *, dtype: str = "auto", device: str = "auto") -> LLM:
+def load_llm(name: str, bars: Bars, *, dtype: str = "auto", device: str = "auto", backend: str = "auto") -> LLM:
     """The model of that name. Raises as `kvzip.load` does."""
     start(bars)
     from kvzip.loading import load
 
     with bars.step(f"Loading {name}"):
-        return load(stable_name(name), dtype=dtype, device=device, progress=bars)
+        return load(stable_name(name), dtype=dtype, device=device, backend=backend, progress=bars)
 
 
 def model_of(file: str, model: str | None) -> str:

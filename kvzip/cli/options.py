@@ -17,7 +17,9 @@ def complete_model(incomplete: str) -> list[tuple[str, str]]:
 
 def complete_method(incomplete: str) -> list[str]:
     """Names of methods, for the shell; spelled out here because the registry imports torch."""
-    names = ("kvzip", "kvzip+layer", "kvzip+uniform", "kvzip-head")
+    names = (
+        "kvzip", "kvzip+layer", "kvzip+uniform", "kvzip-head", "l2-norm", "random", "streaming-llm",
+    )  # fmt: skip
     return [name for name in names if name.startswith(incomplete)]
 
 

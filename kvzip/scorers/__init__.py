@@ -8,8 +8,11 @@ from kvzip.errors import UnknownNameError
 from kvzip.scorers.base import Scorer
 
 SCORERS = {
+    "key-norm": "kvzip.scorers.key_norm:KeyNormScorer",
+    "random": "kvzip.scorers.baseline:RandomScorer",
     "reconstruction": "kvzip.scorers.reconstruction:ReconstructionScorer",
     "reconstruction-faithful": "kvzip.scorers.reconstruction:FaithfulReconstructionScorer",
+    "sinks-recent": "kvzip.scorers.baseline:SinksRecentScorer",
 }
 
 

@@ -36,7 +36,11 @@ class Scorer(Protocol):
     needs: frozenset[str]
 
     def observe(self, layer: int, observation: Observation) -> None:
-        """One full-attention layer (counted among those alone) and one chunk."""
+        """One full-attention layer (counted among those alone) and one chunk, where replay queries are needed."""
+        ...
+
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """The context's keys and values [Hkv, S, D] of one full-attention layer, where keys are needed."""
         ...
 
     def scores(self) -> Tensor:
@@ -44,4 +48,7 @@ class Scorer(Protocol):
         ...
 
 
-NEEDS = {"replay_queries": "the queries of the model while it repeats the context, chunk by chunk"}
+NEEDS = {
+    "keys": "the context's keys, rotated, and its values",
+    "replay_queries": "the queries of the model while it repeats the context, chunk by chunk",
+}

@@ -24,6 +24,9 @@ class ReconstructionScorer:
     def observe(self, layer: int, observation: Observation) -> None:
         self._scores[layer, :, observation.chunk] = self._column_scores(observation).float().cpu()
 
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Nothing but the replay is needed."""
+
     def scores(self) -> Tensor:
         return self._scores
 

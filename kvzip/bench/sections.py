@@ -1,0 +1,276 @@
+"""The tables of `docs/results.md`, one function a benchmark: result files in, Markdown out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def compress(results: list[Result]) -> str:
+    """Scoring and peaks against a plain prefill."""
+    head = ["model", "tokens", "plain prefill", "compress", "scoring / plain prefill", "peak / prefill peak", "KV kept"]
+    rows = [
+        [
+            *_subject(r),
+            seconds(r, "plain_prefill_s"),
+            seconds(r, "compress_s"),
+            times(r, "score_over_prefill"),
+            times(r, "peak_over_prefill_peak"),
+            f"{mib(r['kv_nbytes'])} of {mib(r['full_kv_nbytes'])} ({r['full_kv_nbytes'] / r['kv_nbytes']:.2f}x less)",
+        ]
+        for r in results
+    ]
+    return _section(
+        "Compressing",
+        "A plain prefill is one forward pass by transformers' own `sdpa` into its own full cache. Scoring is all that "
+        "compressing adds to our own prefill: replay, selection, packing. Peaks are resident memory above what the "
+        "process held with the model loaded.",
+        head,
+        rows,
+    )
+
+
+def kvpress(results: list[Result]) -> str:
+    """kvpress' KVzipPress on the same tokens, in alternation with ours."""
+    head = ["model", "tokens", "plain prefill", "kvpress on top", "kvzip on top", "kvpress / kvzip"]
+    rows = [
+        [
+            *_subject(r),
+            seconds(r, "plain_prefill_s"),
+            times(r, "kvpress_over_prefill"),
+            times(r, "kvzip_over_prefill"),
+            times(r, "kvpress_over_kvzip"),
+        ]
+        for r in results
+    ]
+    return _section(
+        "Against kvpress",
+        "What `KVzipPress` of kvpress and what kvzip add to a prefill of the same tokens, each in its own process and "
+        "environment, in alternation, as multiples of the plain prefill.",
+        head,
+        rows,
+    )
+
+
+def replay(results: list[Result]) -> str:
+    """Global against local replay."""
+    head = [
+        "model", "tokens", "global / prefill", "local / prefill", "scorer / local forward", "rank correlation",
+        "overlap 0.3", "overlap 0.5", "KL 0.3, global", "KL 0.3, local", "KL 0.5, global", "KL 0.5, local",
+    ]  # fmt: skip
+    ratios = ("global_over_prefill", "local_over_prefill", "scorer_over_local_forward")
+    shares = ("rank_correlation", "overlap_0.3", "overlap_0.5")
+    losses = ("global_kl_0.3", "local_kl_0.3", "global_kl_0.5", "local_kl_0.5")
+    rows = [
+        [
+            *_subject(r),
+            *[times(r, name) for name in ratios],
+            *[f"{_median(r, name):.3f}" for name in shares],
+            *[_mean(r, name) for name in losses],
+        ]
+        for r in results
+    ]
+    return _section(
+        "Global and local replay",
+        "A locally replayed chunk sees the prefix and itself, not the rest of the context. Times are multiples of a "
+        "plain prefill. Rank correlation (Spearman) is that of all scores, overlap that of the kept pairs. KL is "
+        "KL(full || compressed) in nats, the mean over questions (and its standard error) of the mean over the tokens "
+        "of the full cache's greedy answer.",
+        head,
+        rows,
+    )
+
+
+def decode(results: list[Result]) -> str:
+    """Attention alone, whole tokens, four questions at once."""
+    attention = _section(
+        "Attention while decoding",
+        "One token's attention over all full-attention layers, caches of random numbers, heads as unequal as KVzip "
+        "leaves them; `sdpa` as transformers calls it, over the full cache. The bytes read are set against the "
+        "measured read bandwidth of the machine.",
+        [
+            "model",
+            "tokens",
+            "backend",
+            "sdpa, full",
+            "kvzip, kept",
+            "times faster",
+            "read at",
+            "at keep ratio 1",
+        ],
+        [
+            [
+                *_subject(r),
+                r["backend"],
+                milliseconds(r, "full_attention_s"),
+                milliseconds(r, "attention_s"),
+                times(r, "full_over_attention"),
+                _read_rate(r),
+                times(r, "full_over_attention_all"),
+            ]
+            for r in results
+        ],
+    )
+    tokens = _section(
+        "Whole tokens",
+        "Milliseconds a token of the whole model, batch 1: transformers with its full cache, with a compressed "
+        "context, and transformers with an empty cache, which is the floor. The last column compares four questions "
+        "asked one after another with the same four in one batch.",
+        ["model", "tokens", "backend", "full cache", "compressed", "empty cache", "full / compressed", "four at once"],
+        [
+            [
+                *_subject(r),
+                r["backend"],
+                milliseconds(r, "full_token_s"),
+                milliseconds(r, "token_s"),
+                milliseconds(r, "empty_token_s"),
+                times(r, "full_over_token"),
+                times(r, "alone_over_batch"),
+            ]
+            for r in results
+        ],
+    )
+    return f"{attention}\n{tokens}"
+
+
+def open_(results: list[Result]) -> str:
+    """The first token from a reopened file."""
+    head = ["model", "tokens", "prefill again", "open the file", "times sooner", "file"]
+    rows = [
+        [
+            *_subject(r),
+            seconds(r, "prefill_first_token_s"),
+            seconds(r, "open_first_token_s"),
+            times(r, "prefill_over_open"),
+            mib(r["file_nbytes"]),
+        ]
+        for r in results
+    ]
+    return _section(
+        "The first token of an answer",
+        "Seconds from the question to the first token, the model loaded in both cases: by reading text and question "
+        "again, and from a `.kvz` file that is opened, checked against its hash, and asked.",
+        head,
+        rows,
+    )
+
+
+def memory(results: list[Result]) -> str:
+    """Peaks, and what stays."""
+    head = ["model", "tokens", "plain prefill", "our prefill", "compress", "held afterwards", "KV kept", "full KV"]
+    peaks = ("plain_peak_nbytes", "prefill_peak_nbytes", "compress_peak_nbytes", "held_nbytes")
+    rows = [
+        [*_subject(r), *[mib(_median(r, name)) for name in peaks], mib(r["kv_nbytes"]), mib(r["full_kv_nbytes"])]
+        for r in results
+    ]
+    return _section(
+        "Memory",
+        "Peak resident memory above the loaded model: of a prefill by transformers in one pass, of our prefill in "
+        "blocks, and of compressing; and what is held when only the compressed context is left.",
+        head,
+        rows,
+    )
+
+
+def scale(results: list[Result]) -> str:
+    """Time and memory against the length."""
+    head = ["tokens", "prefill", "scoring", "peak", "full KV", "peak above full KV"]
+    rows = [
+        [
+            f"{row['context_len']:,}",
+            f"{row['prefill_s']:.3g} s",
+            f"{row['score_s']:.3g} s",
+            mib(row["peak_nbytes"]),
+            mib(row["full_kv_nbytes"]),
+            mib(row["peak_nbytes"] - row["full_kv_nbytes"]),
+        ]
+        for r in results
+        for row in r["rows"]
+    ]
+    text = "A tiny Llama with random weights (two layers, two heads on one KV head of 32 dimensions), one run a length."
+    return _section("Long contexts", text, head, rows)
+
+
+def provenance(results: list[Result]) -> str:
+    """Where the numbers of a section come from, one line a result."""
+    return "\n".join(["How these were measured:", "", *[_provenance(r) for r in results], ""])
+
+
+def _provenance(r: Result) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in r["packages"].items())
+    limits = ""
+    if ceilings := r.get("ceilings"):
+        read, product = ceilings["read_bytes_per_s"] / 1e9, ceilings["matmul_flops_per_s"] / 1e9
+        limits = f", which reads {read:.1f} GB/s and multiplies at {product:.0f} GFLOP/s"
+    runs = max(figure["n"] for figure in r["figures"].values())
+    return (
+        f"- {r['model']}, {r['context_len']:,} tokens, keep ratio {r['keep_ratio']}, n = {runs}: `{r['command']}`, "
+        f"{r['date']}, kvzip {r['kvzip']} at {r['commit'] or 'no checkout'}, Python {r['python']}, {packages}, "
+        f"{r['dtype']}, {r['threads']} threads, {r['device']} on {r['machine']}{limits}"
+    )
+
+
+def _section(title: str, text: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## {title}\n\n{text}\n\n{table}\n"
+
+
+def _subject(result: Result) -> list[str]:
+    return [result["model"], f"{result['context_len']:,}"]
+
+
+def _median(result: Result, name: str) -> float:
+    return float(result["figures"][name]["median"])
+
+
+def _mean(result: Result, name: str) -> str:
+    """Mean and standard error."""
+    values = result["figures"][name]["values"]
+    mean = sum(values) / len(values)
+    error = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values)) ** 0.5
+    return f"{mean:.4f} ± {error:.4f}"
+
+
+def _read_rate(result: Result) -> str:
+    rate, most = _median(result, "attention_bytes_per_s"), result["ceilings"]["read_bytes_per_s"]
+    return f"{rate / 1e9:.1f} GB/s ({100 * rate / most:.0f}%)"
+
+
+def seconds(result: Result, name: str) -> str:
+    return figure(result, name, lambda v: f"{v:.3g}", " s")
+
+
+def milliseconds(result: Result, name: str) -> str:
+    return figure(result, name, lambda v: f"{1000 * v:.3g}", " ms")
+
+
+def times(result: Result, name: str) -> str:
+    return figure(result, name, lambda v: f"{v:.2f}", "x")
+
+
+def figure(result: Result, name: str, show: Callable[[float], str], unit: str) -> str:
+    """Median and extremes, or that it was not measured."""
+    found = result["figures"].get(name)
+    if found is None:
+        return "not measured"
+    if found["n"] == 1:
+        return f"{show(found['median'])}{unit}"
+    return f"{show(found['median'])} [{show(found['min'])} - {show(found['max'])}]{unit}"
+
+
+def mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+SECTIONS: dict[str, Callable[[list[Result]], str]] = {
+    "compress": compress,
+    "kvpress": kvpress,
+    "replay": replay,
+    "decode": decode,
+    "open": open_,
+    "memory": memory,
+    "scale": scale,
+}

@@ -1,0 +1,1 @@
+"""How much of a model's answers a compressed cache keeps: tasks, metrics, fidelity."""

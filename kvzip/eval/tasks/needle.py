@@ -1,0 +1,66 @@
+"""A needle in a haystack, at every depth (KVzip section 4.1, after Kamradt 2023)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from kvzip.errors import InputError
+from kvzip.eval import metrics
+from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
+from kvzip.files import read_utf8
+
+CITIES = (
+    "Chicago", "Nairobi", "Lisbon", "Osaka", "Quito", "Tallinn", "Perth", "Cairo", "Bogota", "Riga", "Hanoi",
+)  # fmt: skip
+NUM_DEPTHS = 11
+FILLER = (
+    "The harbour was quiet that morning.", "A cart of hay went by on the upper road.", "Nobody had wound the clock.",
+    "The bread was still warm.", "Rain was expected before noon.", "The dog slept by the door.",
+    "Someone had left a ladder against the wall.", "The river carried leaves and a little foam.",
+)  # fmt: skip
+
+
+class Needle(Task):
+    """One sentence with a number among others, at 11 depths from the beginning to the end, one depth a sample.
+
+    path: a text to hide it in; sentences of our own where none is given.
+    """
+
+    name = "niah"
+    source = "needle in a haystack (G. Kamradt, 2023), as in arXiv 2505.23416"
+    licence = "generated here"
+    metric = "contains"
+    max_new_tokens = 16
+
+    def samples(self, settings: TaskSettings) -> Iterator[Sample]:
+        hay = _hay(settings)
+        for index in range(settings.limit):
+            rng = random.Random(f"{self.name}/{self.version}/{settings.seed}/{index}")
+            depth = index % NUM_DEPTHS / (NUM_DEPTHS - 1)
+            city, number = rng.choice(CITIES), str(rng.randint(1_000_000, 9_999_999))
+            at = round(depth * len(hay))
+            needle = f"One of the special magic numbers for {city} is: {number}."
+            context = " ".join([*hay[:at], needle, *hay[at:]])
+            question = Question(f"What is the special magic number for {city} mentioned in the text?", (number,))
+            yield Sample(context, (question,), {"depth": depth, "context_len": settings.context_len})
+
+    def score(self, prediction: str, question: Question) -> float:
+        return metrics.contains(prediction, question.golds)
+
+
+def _hay(settings: TaskSettings) -> list[str]:
+    """Sentences of about `context_len` tokens."""
+    if settings.path is None:
+        rng = random.Random(settings.seed)
+        sentences = [rng.choice(FILLER) for _ in range(settings.context_len)]
+    else:
+        sentences = [s.strip() + "." for s in read_utf8(settings.path).replace("\n", " ").split(". ") if s.strip()]
+    low, high = 0, len(sentences)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = settings.count_tokens(" ".join(sentences[:middle])) <= settings.context_len
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == len(sentences):
+        raise InputError(f"{settings.path} is shorter than {settings.context_len} tokens: give a longer text")
+    return sentences[:low]
