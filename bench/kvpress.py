@@ -29,6 +29,7 @@ from kvzip.models.cache import model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / ".venv-kvpress"
+WORKER = ROOT / "bench" / "side" / "kvpress_worker.py"  # in a folder of its own: this file would hide its `kvpress`
 PACKAGES = ("kvpress==0.5.5", f"torch=={version('torch').split('+')[0]}")
 
 
@@ -49,7 +50,7 @@ def worker(folder: Path, ids: list[int], keep_ratio: float, threads: int) -> Ite
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(ids, file)
         file.flush()
-        command = [environment(), ROOT / "bench/kvpress_worker.py", folder, file.name, keep_ratio, threads]
+        command = [environment(), WORKER, folder, file.name, keep_ratio, threads]
         process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.PIPE,
@@ -69,7 +70,7 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"kvpress ended with status {process.wait()}: run bench/kvpress_worker.py by hand to see why")
+        raise SystemExit(f"kvpress ended with status {process.wait()}: run {WORKER} by hand to see why")
     found: dict[str, Any] = json.loads(line)
     return found
 

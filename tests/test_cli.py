@@ -741,3 +741,49 @@ def test_the_full_cache_answers_every_question_of_the_demo():
     full, quizzes = load("qwen2.5-coder-0.5b").prefill(demo.load_text()).compress(1.0), demo.load_quizzes()
     answers = full.ask_many([quiz.question for quiz in quizzes], max_new_tokens=demo.MAX_NEW_TOKENS)
     assert not [answer for quiz, answer in zip(quizzes, answers, strict=True) if not quiz.is_right(answer)]
+
+
+# ---- eval
+
+
+def test_eval_measures_writes_a_page_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    args = (
+        "eval", "-m", tiny, "--tasks", "niah", "--methods", "kvzip,random", "--keep-ratios", "0.5", "--limit", "2",
+        "--context-len", "200", "--json", "rows.jsonl", "--report", "page.html",
+    )  # fmt: skip
+    code, out, err = call(monkeypatch, capsys, tmp_path, *args)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["niah", m] for m in ("full", "kvzip", "random")]
+    assert "<h2>niah</h2>" in (tmp_path / "page.html").read_text()
+    rows = (tmp_path / "rows.jsonl").read_bytes()
+    assert str(tmp_path).encode() not in rows
+    assert call(monkeypatch, capsys, tmp_path, *args)[:2] == (0, out)
+    assert (tmp_path / "rows.jsonl").read_bytes() == rows
+    code, out, err = call(monkeypatch, capsys, tmp_path, *args, "--seed", "3")
+    assert (code, out) == (1, "") and "holds a run of other settings" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "reason"),
+    [
+        (["--tasks", "nia"], 1, "did you mean 'niah'"),
+        (["--methods", "kvzi"], 1, "did you mean 'kvzip'"),
+        (["--keep-ratios", "0.5,x"], 2, "keep ratio 'x' is not a number"),
+        (["--keep-ratios", "1"], 1, "always measured"),
+        (["--limit", "0"], 2, "limit"),
+        (["--json", "none/rows.jsonl"], 1, "'none' does not exist"),
+        (["--report", "none/page.html"], 1, "'none' does not exist"),
+        (["--tasks", "squad", "--data", "none.json"], 1, "none.json can't be read"),
+    ],
+)
+def test_eval_refuses_bad_input(tiny, tmp_path, monkeypatch, capsys, args, code, reason):
+    found = call(monkeypatch, capsys, tmp_path, "eval", "-m", tiny, "--context-len", "200", *args)
+    assert found[0] == code and reason in found[2].replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_lists_its_tasks(tmp_path, monkeypatch, capsys):
+    code, out, err = call(monkeypatch, capsys, tmp_path, "eval", "--list")
+    assert (code, err) == (0, "") and all(name in out for name in ("retr-kv", "squad", "gsm8k"))
+    code, out, err = call(monkeypatch, capsys, tmp_path, "eval")
+    assert code == 2 and "--model" in err

@@ -23,8 +23,10 @@ from kvzip.eval import metrics
         ("first_number", "1,234 apples", ["1234"], 1.0),
         ("first_number", "-5", ["5"], 0.0),
         ("first_number", "none", ["5"], 0.0),
-        ("last_number", "3 + 4 = 7. The answer is 7.", ["7"], 1.0),
-        ("last_number", "The answer is 7. Is that 8?", ["7"], 0.0),
+        ("stated_number", "3 + 4 = 7. The answer is $7.", ["7"], 1.0),
+        ("stated_number", "The answer is 8. No, the answer is: 7.00", ["7"], 1.0),
+        ("stated_number", "The answer is 15.", ["5"], 0.0),  # KVzip's scorer finds the 5 in it
+        ("stated_number", "7", ["7"], 0.0),
         ("choice", "(B)", ["B"], 1.0),
         ("choice", "The answer is B.", ["B"], 1.0),
         ("choice", "a banana", ["A"], 0.0),  # SCBench finds the letter of a plain string in any word

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.errors import BudgetError, InputError, UnknownNameError
+from kvzip.eval.page import report_page
 from kvzip.eval.run import EvalSettings, evaluate, hash_of, read_rows
 from kvzip.eval.summary import summarize
 
@@ -71,6 +73,20 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
             run(tiny, path)
         return
     assert timeless(run(tiny, path)[1]) == timeless(whole[1])
+
+
+def test_the_page_shows_every_task_and_escapes_what_models_say(whole: tuple[Path, list[dict]]) -> None:
+    header, rows = read_rows(whole[0])
+    hostile = [
+        *rows,
+        {"kind": "gap", "task": "t", "sample": 0, "method": "<m>", "keep_ratio_asked": 0.5, "reason": "<b>"},
+    ]
+    page = report_page(header, hostile)
+    for task in SETTINGS["tasks"]:
+        assert f"<h2>{task}</h2>" in page
+    assert page.count("<svg") == len(SETTINGS["tasks"]) and "&lt;b&gt;" in page and "<b>" not in page
+    assert not re.search(r'(src|href)="(?!#)', page), "nothing is loaded"
+    assert "<script" not in page
 
 
 def test_a_finished_run_is_not_measured_again(

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from conftest import SHARED_DATA
 
 from kvzip.errors import InputError, UnknownNameError
 from kvzip.eval.tasks import TASKS, get_task
@@ -135,6 +136,37 @@ def test_squad_joins_paragraphs_and_keeps_their_questions(tmp_path: Path) -> Non
             assert task.score(f"It was {question.golds[0]}.", question) == 1.0
             assert task.score("It was Mason99.", question) == 0.0
     assert len(list(task.samples(settings(40, limit=2, path=str(path))))) == 2
+
+
+def test_gsm8k_asks_for_what_the_last_sentence_asks(tmp_path: Path) -> None:
+    long = "Ann has 3 apples. " * 20
+    problems = [
+        {"question": f"{long}Bob gives her 2.5 more, e.g. today. How many apples has she?", "answer": "3+2=5\n#### 5"},
+        {"question": "Too short. How many?", "answer": "#### 1"},
+        {"question": f"{long}Bob asks: how many are there?", "answer": "60\n#### 1,060"},
+    ]
+    path = tmp_path / "gsm.jsonl"
+    path.write_text("\n".join(map(json.dumps, problems)) + "\n")
+    task = get_task("gsm8k")
+    first, second = task.samples(settings(path=str(path)))
+    assert first.questions[0].text == "How many apples has she?" and first.context.endswith("e.g. today.")
+    assert second.questions[0].text == "Bob asks: how many are there?"
+    assert task.score("So the answer is 1060.", second.questions[0]) == 1.0
+    path.write_text("{}\n")
+    with pytest.raises(InputError, match="is not GSM8K as JSON lines"):
+        list(task.samples(settings(path=str(path))))
+
+
+def test_shared_data_is_read(articles: list[dict]) -> None:
+    """The real files: every gold answer of SQuAD stands in its context, every problem has a number for a result."""
+    for sample in get_task("squad").samples(settings(1500, limit=20, path=str(SHARED_DATA / "xquad.en.dev.json"))):
+        assert all(any(gold in sample.context for gold in question.golds) for question in sample.questions)
+        assert len(sample.questions) > 10
+    samples = list(get_task("gsm8k").samples(settings(path=str(SHARED_DATA / "gsm8k.test.first300.jsonl"), limit=300)))
+    assert len(samples) > 15
+    for sample in samples:
+        (question,) = sample.questions
+        assert get_task("gsm8k").score(f"The answer is {question.golds[0]}.", question) == 1.0
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"data": [{"paragraphs": [{"context": "x"}]}]}', '{"data": 3}'])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvzip.cli.compress import check_writable
 from kvzip.cli.options import Device, DType, Quiet, complete_model, examples
 from kvzip.cli.screen import Bars, out, print_facts, size
 
 if TYPE_CHECKING:
+    from kvzip.eval.run import EvalSettings
     from kvzip.eval.summary import Line
+    from kvzip.llm import LLM
 
 EPILOG = examples(
     "kvzip eval -m smollm2-135m --tasks retr-kv,niah --methods kvzip,random --keep-ratios 0.5,0.3 --limit 3",
@@ -33,6 +37,7 @@ def eval_(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE.jsonl", help="Write rows there, or go on with a stopped run.")
     ] = None,
+    report: Annotated[str | None, typer.Option(metavar="FILE.html", help="Write a page too: kvzip[plots].")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the tasks and exit.")] = False,
     dtype: DType = "auto", device: Device = "auto", quiet: Quiet = False,
 ) -> None:  # fmt: skip
@@ -43,6 +48,8 @@ def eval_(
     if model is None:
         raise typer.BadParameter("give --model MODEL (see `kvzip models`), or --list")
     ratios = tuple(_ratio(text) for text in keep_ratios.split(","))
+    for file in filter(None, (json_file, report)):
+        check_writable(Path(file))
     with Bars(quiet) as bars:
         from kvzip.cli.loading import load_llm, start
 
@@ -51,13 +58,12 @@ def eval_(
 
         settings = EvalSettings(_names(tasks), _names(methods), ratios, context_len, limit, seed, data)
         llm = load_llm(model, bars, dtype=dtype, device=device)
-        lines = _measure(llm, settings, json_file, bars)
+        lines = _measure(llm, settings, json_file, report, bars)
     _print_lines(lines)
 
 
-def _measure(llm, settings, json_file: str | None, bars: Bars) -> list[Line]:  # type: ignore[no-untyped-def]
+def _measure(llm: LLM, settings: EvalSettings, json_file: str | None, report: str | None, bars: Bars) -> list[Line]:
     import tempfile
-    from pathlib import Path
 
     from kvzip.bench.measure import provenance
     from kvzip.eval.run import evaluate, read_rows
@@ -66,7 +72,12 @@ def _measure(llm, settings, json_file: str | None, bars: Bars) -> list[Line]:  #
     with tempfile.TemporaryDirectory() as folder:
         path = Path(json_file) if json_file else Path(folder) / "rows.jsonl"
         evaluate(llm, settings, path, about=provenance(llm.model.device), progress=bars)
-        return summarize(read_rows(path)[1])
+        header, rows = read_rows(path)
+    if report is not None:
+        from kvzip.eval.page import report_page
+
+        Path(report).write_text(report_page(header, rows), encoding="utf-8")
+    return summarize(rows)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -34,10 +34,10 @@ def first_number(prediction: str, golds: Sequence[str]) -> float:
     return float(found is not None and any(_number(found[0]) == _number(gold) for gold in golds))
 
 
-def last_number(prediction: str, golds: Sequence[str]) -> float:
-    """1 if the last number of the prediction equals a gold number (GSM8K: the result after the reasoning)."""
-    found = NUMBER.findall(prediction)
-    return float(bool(found) and any(_number(found[-1]) == _number(gold) for gold in golds))
+def stated_number(prediction: str, golds: Sequence[str]) -> float:
+    """1 if the number after the last "answer is" of the prediction equals a gold number (GSM8K)."""
+    stated = prediction.lower().rpartition("answer is")
+    return first_number(stated[2], golds) if stated[1] else 0.0
 
 
 def choice(prediction: str, golds: Sequence[str]) -> float:

@@ -13,6 +13,7 @@ TASKS = {
     "retr-multihop": "kvzip.eval.tasks.tracking:RetrMultiHop",
     "math-find": "kvzip.eval.tasks.numbers:MathFind",
     "niah": "kvzip.eval.tasks.needle:Needle",
+    "gsm8k": "kvzip.eval.tasks.gsm8k:GSM8K",
     "squad": "kvzip.eval.tasks.squad:Squad",
 }
 
