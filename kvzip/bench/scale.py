@@ -15,7 +15,7 @@ from kvzip.bench.texts import bench_text
 from kvzip.compress import CHUNK_LEN, Engine, FullContext, RepeatPrompts, fit_chunk_len
 from kvzip.hf.geometry import probe
 from kvzip.llm import LLM
-from kvzip.memory import rss_nbytes
+from kvzip.memory import release_freed, rss_nbytes
 from kvzip.ops.selection import select_global
 from kvzip.options import CompressOptions
 
@@ -47,7 +47,9 @@ def bench_scale(
     options = CompressOptions(keep_ratio=keep_ratio, replay_scope=replay_scope)
     prefix, ids = _texts(llm, max(context_lens))
     FullContext(engine, prefix, ids[:WARMUP_LEN]).prefill()
-    rows = [_row(engine, prefix, ids[:length], options) for length in context_lens]
+    release_freed()
+    base = rss_nbytes()
+    rows = [_row(engine, prefix, ids[:length], options, base) for length in context_lens]
     names = ("prefill_s", "score_s")
     return {
         "bench": "scale",
@@ -70,10 +72,10 @@ def _texts(llm: LLM | None, context_len: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(llm.prefix_ids(), dtype=torch.int64), llm.tokenize(bench_text(llm, context_len))
 
 
-def _row(engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions) -> dict[str, Any]:
+def _row(engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions, base: int) -> dict[str, Any]:
     limit = engine.geometry.max_positions
     chunk_len = fit_chunk_len(prefix.numel(), ids.numel(), engine.prompts, CHUNK_LEN, limit)
-    peak, seconds = peak_over(rss_nbytes(), lambda: _compress(engine, prefix, ids, options, chunk_len))
+    peak, seconds = peak_over(base, lambda: _compress(engine, prefix, ids, options, chunk_len))
     nbytes = engine.geometry.kv_nbytes(prefix.numel() + ids.numel(), engine.model.dtype)
     return {"context_len": ids.numel(), **seconds, "peak_nbytes": peak, "full_kv_nbytes": nbytes}
 
