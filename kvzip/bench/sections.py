@@ -57,10 +57,10 @@ def kvpress(results: list[Result]) -> str:
 def replay(results: list[Result]) -> str:
     """Global against local replay."""
     head = [
-        "model", "tokens", "global / prefill", "local / prefill", "scorer / local forward", "rank correlation",
-        "overlap 0.3", "overlap 0.5", "KL 0.3, global", "KL 0.3, local", "KL 0.5, global", "KL 0.5, local",
+        "model", "tokens", "global / prefill", "local / prefill", "local / global", "scorer / local forward",
+        "rank correlation", "overlap 0.3", "overlap 0.5", "KL 0.3, global", "KL 0.3, local", "KL 0.5, global", "KL 0.5, local",
     ]  # fmt: skip
-    ratios = ("global_over_prefill", "local_over_prefill", "scorer_over_local_forward")
+    ratios = ("global_over_prefill", "local_over_prefill", "local_over_global", "scorer_over_local_forward")
     shares = ("rank_correlation", "overlap_0.3", "overlap_0.5")
     losses = ("global_kl_0.3", "local_kl_0.3", "global_kl_0.5", "local_kl_0.5")
     rows = [
@@ -204,7 +204,7 @@ def _provenance(r: Result) -> str:
     if ceilings := r.get("ceilings"):
         read, product = ceilings["read_bytes_per_s"] / 1e9, ceilings["matmul_flops_per_s"] / 1e9
         limits = f", which reads {read:.1f} GB/s and multiplies at {product:.0f} GFLOP/s"
-    runs = max(figure["n"] for figure in r["figures"].values())
+    runs = min(figure["n"] for figure in r["figures"].values())  # more where questions are counted
     return (
         f"- {r['model']}, {r['context_len']:,} tokens, keep ratio {r['keep_ratio']}, n = {runs}: `{r['command']}`, "
         f"{r['date']}, kvzip {r['kvzip']} at {r['commit'] or 'no checkout'}, Python {r['python']}, {packages}, "
