@@ -58,7 +58,8 @@ def replay(results: list[Result]) -> str:
     """Global against local replay."""
     head = [
         "model", "tokens", "global / prefill", "local / prefill", "local / global", "scorer / local forward",
-        "rank correlation", "overlap 0.3", "overlap 0.5", "KL 0.3, global", "KL 0.3, local", "KL 0.5, global", "KL 0.5, local",
+        "rank correlation", "overlap 0.3", "overlap 0.5", "KL 0.3, global", "KL 0.3, local",
+        "KL 0.5, global", "KL 0.5, local",
     ]  # fmt: skip
     ratios = ("global_over_prefill", "local_over_prefill", "local_over_global", "scorer_over_local_forward")
     shares = ("rank_correlation", "overlap_0.3", "overlap_0.5")
