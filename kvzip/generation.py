@@ -156,11 +156,11 @@ def before_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
 
     All pieces are read, so that whoever makes them comes to an end.
     """
-    longest, held = max(map(len, stops), default=1), ""
+    held = ""
     for piece in pieces:
         held += piece
         ends = [at for at in map(held.find, stops) if at >= 0]
-        safe = min(ends) if ends else max(0, len(held) - longest + 1)
+        safe = min(ends) if ends else len(held) - _begun(held, stops)
         if safe:
             yield held[:safe]
         if ends:
@@ -171,6 +171,12 @@ def before_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
         pass
     if held:
         yield held
+
+
+def _begun(text: str, stops: Sequence[str]) -> int:
+    """How many of the last characters of `text` are the beginning of a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
 def check_question(question: str) -> None:

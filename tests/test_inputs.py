@@ -171,6 +171,11 @@ def test_a_stream_ends_before_the_first_stop_string(pieces: list[str], stops: li
     assert next(source, None) is None
 
 
+def test_a_stream_holds_back_no_more_than_it_must() -> None:
+    pieces = before_stop(iter(["19", "43", ".\n", "\nQ", "uiet", "\n\nQuestion: no"]), ["\n\nQuestion:"])
+    assert list(pieces) == ["19", "43", ".", "\n\nQuiet"]
+
+
 def test_a_failed_turn_leaves_no_trace(tiny: kvzip.LLM) -> None:
     session = tiny.compress(TEXT, 0.5).session()
     session.ask("first?", max_new_tokens=3)
