@@ -44,7 +44,7 @@ LIBRARIES = {
     "numpy": ["kvzip.models"],
     "rich": ["kvzip.cli", "kvzip.inspect"],
     "typer": ["kvzip.cli"],
-    "matplotlib": ["kvzip.bench.plots", "kvzip.eval.page"],
+    "matplotlib": ["kvzip.bench.plots", "kvzip.eval.drawing"],
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from kvzip.backends.reference import ReferenceBackend, fold_batch, unfold_batch
 from kvzip.context import RaggedLayer
+from kvzip.ops.attention import soft_capped
 
 _MASKS: WeakKeyDictionary[RaggedLayer, dict[int, BlockMask]] = WeakKeyDictionary()
 
@@ -63,8 +64,7 @@ def _score_mod(bias: Tensor | None, softcap: float | None) -> Callable[..., Tens
         return None
 
     def modified(score: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
+        score = soft_capped(score, softcap)
         return score if bias is None else score + bias[kv_idx]
 
     return modified

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvzip.errors import MissingExtraError
+from kvzip.eval.drawing import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,23 +18,15 @@ def draw(results: list[dict[str, Any]], folder: str | Path) -> dict[str, str]:
 
     Raises MissingExtraError without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError.of("matplotlib", "plots") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kvzip"  # the same results give the same bytes
-    found = {}
+    plt, found = pyplot(), {}
     for bench, plot in (("decode", _decode), ("scale", _scale)):
         if chosen := [r for r in results if r["bench"] == bench]:
             found[bench] = f"{bench}.svg"
-            _save(plot, chosen, Path(folder) / found[bench])
+            _save(plt, plot, chosen, Path(folder) / found[bench])
     return found
 
 
-def _save(plot: Any, results: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
+def _save(plt: Any, plot: Any, results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     plot(results, *axes)
     for one in axes:

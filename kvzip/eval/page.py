@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from kvzip.errors import MissingExtraError
+from kvzip.eval.drawing import pyplot
 from kvzip.eval.summary import Line, summarize
 
 COLORS = ("#3a8f8a", "#c1694f", "#5b6c9d", "#b08e2f", "#8a5a83", "#6b8e4e", "#4f4f4f")
@@ -102,14 +102,7 @@ def _cells(tag: str, values: Iterable[str]) -> str:
 
 def _curves(lines: list[Line], full: Line | None) -> str:
     """Score against keep ratio, score against bytes, KL against keep ratio, as one SVG."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError.of("matplotlib", "plots") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kvzip"
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (by_ratio, by_bytes, loss) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     methods = list(dict.fromkeys(line.method for line in lines if line.method != "full"))
     for color, method in zip(COLORS * len(methods), methods, strict=False):

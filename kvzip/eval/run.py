@@ -129,7 +129,8 @@ def _task_rows(
             yield from _sample_rows(llm, task, settings, known, (index, sample))
             done(index + 1)
     except KVZipError as error:
-        if (gap := _gap(task, -1, FULL, 1.0, error)) and _key(gap) not in known:
+        gap = _gap(task, -1, FULL, 1.0, error)
+        if _key(gap) not in known:
             yield gap
 
 
