@@ -4,6 +4,7 @@
 #   PIP_ARGS="..."              further arguments of pip, say to choose a build of torch (CONTRIBUTING.md)
 #   PYTEST_ARGS="..."           further arguments of pytest: make test PYTEST_ARGS="-m 'not real'"
 #   BENCH_MODELS, BENCH_LENS, BENCH_TEXT (SQuAD JSON), BENCH_RUNS, DECODE_LENS   what `make bench` measures
+#   PARITY_LEN, PARITY_ARGS     length of a text, and further arguments of bench/parity.py, say "--contexts 2 --limit 60"
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -18,9 +19,11 @@ BENCH_LENS ?= 2000 6000
 BENCH_TEXT ?= ../shared/data/xquad.en.dev.json
 BENCH_RUNS ?= 3
 DECODE_LENS ?= 4000 8000
+PARITY_LEN ?= 2000
+PARITY_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-kvpress results clean
+.PHONY: help venv demo test check bench bench-kvpress parity results clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +63,12 @@ bench-kvpress: venv ## Measure kvpress against kvzip; makes .venv-kvpress, as kv
 	set -e; for len in $(BENCH_LENS); do \
 	  $(BIN)/python bench/kvpress.py -m smollm2-135m --context-len $$len --text $(BENCH_TEXT) \
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/kvpress-smollm2-135m-$$len.json; \
+	done
+
+parity: venv ## Compare scores, kept pairs and answers with those of kvpress, in the same .venv-kvpress
+	set -e; for model in $(BENCH_MODELS); do \
+	  $(BIN)/python bench/parity.py -m $$model --context-len $(PARITY_LEN) --text $(BENCH_TEXT) \
+	    $(PARITY_ARGS) --json $(RESULTS)/parity-$$model.json; \
 	done
 
 results: venv ## Write docs/results.md and its pictures from the result files

@@ -123,6 +123,23 @@ class Generator:
             )
         return [self._until_end(row) for row in out[:, ids.shape[1] :].tolist()]
 
+    def run_batch(
+        self,
+        cache: SessionCache,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        clock: Clock,
+        options: dict[str, Any],
+    ) -> list[list[int]]:
+        """`run` over rows of different lengths."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, longest - len(row) :] = torch.tensor(row)
+            mask[index, longest - len(row) :] = 1
+        return self.run(cache, ids, mask, max_new_tokens, clock, options)
+
     def _config(self, max_new_tokens: int, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
         """A greedy config unless asked otherwise; what it leaves open comes from the model's own generation config."""
         extra = {k: v for k, v in options.items() if k in ("streamer", "logits_processor", "stopping_criteria")}

@@ -333,15 +333,9 @@ class CompressedContext:
         if not questions:
             return []
         rows = [self.llm.question_ids(question) for question in questions]
-        longest = max(map(len, rows))
-        check_positions(self.data.logical_len, longest, max_new_tokens, self.llm.max_positions)
-        ids = torch.full((len(rows), longest), self.llm.generator.pad_id)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, longest - len(row) :] = torch.tensor(row)
-            mask[index, longest - len(row) :] = 1
+        check_positions(self.data.logical_len, max(map(len, rows)), max_new_tokens, self.llm.max_positions)
         clock = Clock()
-        new = self.llm.generator.run(self.cache(), ids, mask, max_new_tokens, clock, options)
+        new = self.llm.generator.run_batch(self.cache(), rows, max_new_tokens, clock, options)
         return [Answer.of(self.llm.generator.text(row), row, clock) for row in new]
 
     def session(self) -> Session:

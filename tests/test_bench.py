@@ -81,6 +81,21 @@ def test_the_page_shows_every_result_and_its_picture(results: Path, tmp_path: Pa
     assert "nan" not in page and str(Path.home()) not in page
 
 
+def test_the_page_shows_parity(results: Path, tmp_path: Path) -> None:
+    """A result as bench/parity.py writes it; a stage that did not happen has no row."""
+    result = load_results(results)[0] | {
+        "bench": "parity",
+        "stages": {"as_is": "both as they are", "rebuilt": "budget too", "only_chunks": "chunks"},
+        "answers": [{"answers": "kvpress", "included": [0.5, 0.1], "f1": [0.25, 0.0625], "same": {"kvzip": [3, 4]}}],
+    }
+    names = [f"{stage}_overlap_{ratio}" for stage in ("as_is", "rebuilt") for ratio in (0.5, 0.3, 0.1)]
+    result["figures"] = {name: measure.summary([0.9875]) for name in [*names, "as_is_spearman"]}
+    measure.write_result(result, tmp_path / "parity.json")
+    page = results_page(tmp_path)
+    assert "| both as they are | 0.9875 | 0.9875 |" in page and "| budget too | - | - | 0.9875 |" in page
+    assert "| kvpress | 0.500 ± 0.100 | 0.250 ± 0.062 | 3 of 4 as kvzip |" in page and "chunks |" not in page
+
+
 def test_drawing_again_gives_the_same_bytes(results: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -99,7 +114,9 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_made_of_the_committed_results() -> None:
     docs, folder = ROOT / "docs", ROOT / "bench" / "results"
-    pictures = {name: f"{name}.svg" for name in SECTIONS if (docs / f"{name}.svg").exists()}
+    pictures = {
+        path.stem: path.name for path in docs.glob("*.svg") if path.stem in SECTIONS or path.stem[:5] == "eval-"
+    }
     assert (docs / "results.md").read_text(encoding="utf-8") == results_page(folder, pictures)
 
 

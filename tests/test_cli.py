@@ -748,19 +748,43 @@ def test_the_full_cache_answers_every_question_of_the_demo():
 
 def test_eval_measures_writes_a_page_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
     args = (
-        "eval", "-m", tiny, "--tasks", "niah", "--methods", "kvzip,random", "--keep-ratios", "0.5", "--limit", "2",
-        "--context-len", "200", "--json", "rows.jsonl", "--report", "page.html",
+        "eval", "-m", tiny, "--tasks", "niah", "--methods", "kvzip", "--keep-ratios", "0.5", "--limit", "2",
+        "--context-len", "200", "--json", "rows.jsonl", "--report", "page.html", "--pictures", "png",
     )  # fmt: skip
     code, out, err = call(monkeypatch, capsys, tmp_path, *args)
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["niah", m] for m in ("full", "kvzip", "random")]
+    methods = ("full", "kvzip", "random", "streaming-llm")
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["niah", m] for m in methods]
     assert "<h2>niah</h2>" in (tmp_path / "page.html").read_text()
+    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == [
+        "niah-curves.png", "niah-kept.png", "niah-needles.png",
+    ]  # fmt: skip
     rows = (tmp_path / "rows.jsonl").read_bytes()
     assert str(tmp_path).encode() not in rows
     assert call(monkeypatch, capsys, tmp_path, *args)[:2] == (0, out)
     assert (tmp_path / "rows.jsonl").read_bytes() == rows
     code, out, err = call(monkeypatch, capsys, tmp_path, *args, "--seed", "3")
     assert (code, out) == (1, "") and "holds a run of other settings" in err and err.count("\n") == 1
+    code, out, err = call(monkeypatch, capsys, tmp_path, "eval", "--compare", "rows.jsonl", "rows.jsonl")
+    assert (code, err) == (0, "") and out.count("+0.0 ± 0.0") == len(methods)
+
+
+def test_eval_takes_a_text_and_questions(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    (tmp_path / "q.txt").write_text("Who jumps?\tfox\n\nOver whom?\n")
+    args = ("eval", "-m", tiny, "--tasks", "text", "--data", "t.txt", "--keep-ratios", "1,0.2", "--json", "r.jsonl")
+    code, _, err = call(
+        monkeypatch, capsys, tmp_path, *args, "--questions", "q.txt", "--reconstruction", "--multi-turn"
+    )
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    (asked,) = [row for row in rows if row["kind"] == "asked"]
+    assert [q["text"] for q in asked["questions"]] == ["Who jumps?", "Over whom?"]
+    full, *others = [row for row in rows if row["kind"] == "row"]
+    assert asked["questions"][0]["gold"] == "fox" and asked["questions"][1]["gold"] == full["answers"][1]["answer"]
+    assert all(0 <= row["reconstruction"] <= 1 for row in others) and len(others) == 6
+    code, out, err = call(monkeypatch, capsys, tmp_path, *args[:-2])
+    assert (code, out) == (1, "") and "the text has 0 sentences with a rare name" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -769,11 +793,14 @@ def test_eval_measures_writes_a_page_and_goes_on(tiny, tmp_path, monkeypatch, ca
         (["--tasks", "nia"], 1, "did you mean 'niah'"),
         (["--methods", "kvzi"], 1, "did you mean 'kvzip'"),
         (["--keep-ratios", "0.5,x"], 2, "keep ratio 'x' is not a number"),
-        (["--keep-ratios", "1"], 1, "always measured"),
+        (["--keep-ratios", "1.2"], 1, "1.2 is out of range"),
         (["--limit", "0"], 2, "limit"),
         (["--json", "none/rows.jsonl"], 1, "'none' does not exist"),
         (["--report", "none/page.html"], 1, "'none' does not exist"),
         (["--tasks", "squad", "--data", "none.json"], 1, "none.json can't be read"),
+        (["--tasks", "squad,gsm8k", "--data", "x"], 2, "2 of the tasks read a file"),
+        (["--tasks", "retr-kv", "--data", "x"], 2, "0 of the tasks read a file"),
+        (["--compare", "none.jsonl", "x"], 1, "none.jsonl is not a result file"),
     ],
 )
 def test_eval_refuses_bad_input(tiny, tmp_path, monkeypatch, capsys, args, code, reason):

@@ -24,7 +24,7 @@ def prefilled() -> kvzip.Prefilled:
 def test_the_full_cache_equals_itself(prefilled: kvzip.Prefilled) -> None:
     full = prefilled.compress(1.0)
     for question in QUESTIONS:
-        found = fidelity(full, make_reference(full, question))
+        found = fidelity(full, make_reference(full, full.llm.question_ids(question)))
         assert found.kl == pytest.approx(0, abs=1e-6) and found.log_prob_change == pytest.approx(0, abs=1e-5)
         assert found.top1 == 1.0 and found.same_answer
 
@@ -37,7 +37,7 @@ def test_a_compressed_cache_against_the_slow_reference(prefilled: kvzip.Prefille
         layer: torch.cat([prefix, ~mask], 1) for layer, mask in zip(data.full_layers, data.keep_mask, strict=True)
     }
     for question in QUESTIONS:
-        reference = make_reference(full, question, max_new_tokens=6)
+        reference = make_reference(full, full.llm.question_ids(question), max_new_tokens=6)
         ids = torch.cat([data.prefix_ids.long(), data.context_ids.long(), reference.ids])
         with SlowReference(llm.model) as slow:
             p, q = (
@@ -58,7 +58,7 @@ def test_the_same_answer_is_what_greedy_decoding_gives(prefilled: kvzip.Prefille
     for keep_ratio in (0.02, 0.2, 0.95, 0.999):
         context = prefilled.compress(keep_ratio)
         for question in QUESTIONS:
-            reference = make_reference(full, question, max_new_tokens=5)
+            reference = make_reference(full, full.llm.question_ids(question), max_new_tokens=5)
             again = context.ask(question, max_new_tokens=5).token_ids
             assert fidelity(context, reference).same_answer == (again == reference.answer_ids.tolist())
             seen.add(again == reference.answer_ids.tolist())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
+from kvzip.errors import MissingExtraError
 from kvzip.eval import metrics
 
 
@@ -33,6 +35,35 @@ from kvzip.eval import metrics
         ("choice", "A banana is (C)", ["C"], 1.0),  # an article is no option
         ("choice", "I think (D)", ["D"], 1.0),
         ("choice", "", ["A"], 0.0),
+        ("option", "B", ["B", "Bob", "Ann"], 1.0),
+        ("option", "**B**", ["B", "Bob", "Ann"], 1.0),
+        ("option", "(B) Bob", ["B", "Bob", "Ann"], 1.0),
+        ("option", "The correct answer is B. Bob", ["B", "Bob", "Ann"], 1.0),
+        ("option", "I would go with B", ["B", "Bob", "Ann"], 1.0),
+        ("option", "It was Bob.", ["B", "Bob", "Ann"], 1.0),
+        ("option", "bob", ["B", "Bob", "Ann"], 1.0),
+        ("option", "Because of that, Ann", ["B", "Bob", "Ann"], 0.0),  # SCBench takes the first letter of the output
+        ("option", "Bobby", ["B", "Bob", "Ann"], 0.0),
+        ("option", "Ann or Bob", ["B", "Bob", "Ann"], 0.0),
+        ("option", "A. Bob", ["B", "Bob", "Ann"], 0.0),  # the letter decides
+        ("option", "Vitamin A", ["B", "Vitamin A", "Iron"], 1.0),
+        ("option", "in New York City", ["A", "New York", "New York City"], 0.0),
+        ("option", "in New York City", ["B", "New York City", "New York"], 1.0),
+        ("option", "A man came", ["A"], 0.0),
+        ("option", "(A)", ["A"], 1.0),
+        ("option", "", ["A", "Ann", "Bob"], 0.0),
+        ("found_anywhere", "it was MOBY dick", ["Moby Dick"], 1.0),
+        ("found_anywhere", "Moby", ["Moby Dick"], 0.0),
+        ("found_anywhere", "second", ["First", "Second"], 1.0),
+        ("char_f1", "孙少安", ["孙少平"], 2 / 3),  # 2 of 3 characters on both sides
+        ("char_f1", " 孙 少平。", ["孙少平"], 1.0),
+        ("char_f1", "答案是孙少平", ["孙少平"], 2 / 3),  # precision 1/2, recall 1
+        ("char_f1", "", ["孙少平"], 0.0),
+        ("char_f1", "少平", ["孙少平", "少平"], 1.0),
+        ("rouge_lsum", "the cat sat", ["the cat ran"], 2 / 3),
+        ("rouge_lsum", "d e f\na b c", ["a b c\nd e f"], 1.0),  # sentence by sentence: their order is free
+        ("rouge_lsum", "d e f a b c", ["a b c d e f"], 0.5),  # one sentence: 3 of 6 in order
+        ("rouge_lsum", "", ["a b"], 0.0),
         ("exact_match", "The  Eiffel Tower!", ["eiffel tower"], 1.0),
         ("exact_match", "Eiffel Towers", ["eiffel tower"], 0.0),
         ("f1", "the tower of Eiffel", ["Eiffel Tower"], 0.8),  # 2 common; precision 2/3, recall 1
@@ -45,6 +76,13 @@ from kvzip.eval import metrics
 )
 def test_metrics(metric: str, prediction: str, golds: list[str], expected: float) -> None:
     assert getattr(metrics, metric)(prediction, golds) == pytest.approx(expected)
+
+
+def test_rouge_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics._rouge_scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(MissingExtraError, match=r"rouge-score is not installed: pip install 'kvzip\[eval\]'"):
+        metrics.rouge_lsum("a", ["a"])
 
 
 def test_the_error_of_independent_scores_is_that_of_a_mean() -> None:

@@ -37,13 +37,17 @@ LIBRARIES = {
         "kvzip.loading", "kvzip.bench", "kvzip.cli.loading",
     ],
     "tokenizers": ["kvzip.models"],
-    "huggingface_hub": ["kvzip.models"],
+    "huggingface_hub": ["kvzip.models", "kvzip.eval.tasks.hub"],
     "gguf": ["kvzip.models"],
     "filelock": ["kvzip.models"],
     "safetensors": ["kvzip.store", "kvzip.models"],
     "numpy": ["kvzip.models"],
     "rich": ["kvzip.cli", "kvzip.inspect"],
     "typer": ["kvzip.cli"],
+    "datasets": ["kvzip.eval.tasks.hub"],
+    "nltk": ["kvzip.eval.code_similarity"],
+    "pyarrow": ["kvzip.eval.tasks.hub"],
+    "rouge_score": ["kvzip.eval.metrics"],
     "matplotlib": ["kvzip.bench.plots", "kvzip.eval.drawing"],
 }  # fmt: skip
 
@@ -162,9 +166,9 @@ def test_each_library_is_imported_only_where_it_belongs() -> None:
 def test_each_library_is_a_declared_dependency() -> None:
     declared = re.search(r"^dependencies = \[(.*?)^\]", PYPROJECT.read_text(encoding="utf-8"), re.M | re.S)
     assert declared is not None
-    extras = re.search(r"^plots = \[(.*?)\]", PYPROJECT.read_text(encoding="utf-8"), re.M)
-    assert extras is not None
-    names = set(re.findall(r'"([\w-]+)', declared[1] + extras[1]))
+    extras = re.findall(r"^(?:plots|eval) = \[(.*?)\]", PYPROJECT.read_text(encoding="utf-8"), re.M)
+    assert len(extras) == 2
+    names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', "".join([declared[1], *extras]))}
     assert {library for library, _, _ in libraries()} <= names
 
 

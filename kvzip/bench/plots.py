@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvzip.eval.drawing import pyplot
+from kvzip.eval.plots import pictures
+from kvzip.eval.run import read_rows
+from kvzip.eval.summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,18 @@ def draw(results: list[dict[str, Any]], folder: str | Path) -> dict[str, str]:
         if chosen := [r for r in results if r["bench"] == bench]:
             found[bench] = f"{bench}.svg"
             _save(plt, plot, chosen, Path(folder) / found[bench])
+    return found
+
+
+def draw_runs(results: str | Path, folder: str | Path) -> dict[str, str]:
+    """Write the pictures of every run of `kvzip eval` (*.jsonl) in `results` to `folder`; their names and files."""
+    found = {}
+    for path in sorted(Path(results).glob("*.jsonl")):
+        _, rows = read_rows(path)
+        for name, figure in pictures(summarize(rows), rows):
+            found[f"{path.stem}-{name}"] = file = f"{path.stem}-{name}.svg"
+            figure.savefig(Path(folder) / file, metadata={"Date": None})
+            pyplot().close(figure)
     return found
 
 

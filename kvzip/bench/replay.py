@@ -36,7 +36,10 @@ def bench_replay(llm: LLM, context_len: int, num_runs: int, text_path: str, base
     if baseline:
         figures |= _baseline(full, scores["local"].shape, figures, num_runs)
     whole = full.compress(1.0)
-    references = [make_reference(whole, question) for question in bench_questions(text_path, text, NUM_QUESTIONS)]
+    references = [
+        make_reference(whole, llm.question_ids(question))
+        for question in bench_questions(text_path, text, NUM_QUESTIONS)
+    ]
     for keep_ratio in KEEP_RATIOS:
         kept = {s: full.compress(CompressOptions(keep_ratio=keep_ratio, replay_scope=s)) for s in scores}
         masks = [context.data.keep_mask for context in kept.values()]

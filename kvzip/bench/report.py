@@ -8,6 +8,8 @@ from typing import Any
 
 from kvzip.bench.sections import SECTIONS, provenance
 from kvzip.errors import InputError
+from kvzip.eval import markdown
+from kvzip.eval.run import read_rows
 
 HEAD = """# Results
 
@@ -18,13 +20,21 @@ by pair.
 
 
 def results_page(folder: str | Path, pictures: dict[str, str] | None = None) -> str:
-    """The page, from every result file (*.json) of a folder.  pictures: benchmark -> file. Raises InputError."""
-    results = load_results(folder)
+    """The page, from every result file (*.json, and *.jsonl of `kvzip eval`) of a folder. Raises InputError.
+
+    pictures: file by benchmark, or by run and picture as `draw_runs` gives them.
+    """
+    results, pictures = load_results(folder), pictures or {}
     parts = [HEAD]
     for bench, section in SECTIONS.items():
         if chosen := sorted((r for r in results if r["bench"] == bench), key=lambda r: (r["model"], r["context_len"])):
-            picture = (pictures or {}).get(bench)
+            picture = pictures.get(bench)
             parts += [section(chosen), *([f"![{bench}]({picture})\n"] if picture else []), provenance(chosen)]
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        own = {
+            name.removeprefix(f"{path.stem}-"): file for name, file in pictures.items() if name.startswith(path.stem)
+        }
+        parts.append(markdown.section(*read_rows(path), own))
     return "\n".join(parts)
 
 

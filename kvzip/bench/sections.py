@@ -54,6 +54,36 @@ def kvpress(results: list[Result]) -> str:
     )
 
 
+def parity(results: list[Result]) -> str:
+    """kvpress' scores, kept pairs and answers beside ours."""
+    ratios = ("0.5", "0.3", "0.1")
+    pairs = _section(
+        "Parity with kvpress",
+        "`KVzipPress` of kvpress and kvzip on the same token ids. Rank correlation is Spearman's between the scores of "
+        "the context's tokens, head by head; overlap is the share of kept pairs that both keep, at three keep ratios. "
+        "The rows below the first differ in nothing, or in one thing alone.",
+        ["model", "tokens", "what is compared", "rank correlation, median", "least", *[f"overlap {r}" for r in ratios]],
+        [
+            [*_subject(r), label, *_ranks(r, f"{stage}_spearman"), *[_least(r, f"{stage}_overlap_{k}") for k in ratios]]
+            for r in results
+            for stage, label in r["stages"].items()
+            if f"{stage}_overlap_{ratios[0]}" in r["figures"]
+        ],
+    )
+    answers = _section(
+        "Answers beside kvpress'",
+        "Greedy answers to the same questions in the same tokens: how many hold a gold answer, their F1, each with its "
+        "standard error, and how many are equal to another's word for word.",
+        ["model", "tokens", "answers of", "gold answer in it", "F1", "equal answers"],
+        [
+            [*_subject(r), row["answers"], *["{:.3f} ± {:.3f}".format(*row[m]) for m in ("included", "f1")], _same(row)]
+            for r in results
+            for row in r["answers"]
+        ],
+    )
+    return f"{pairs}\n{answers}"
+
+
 def replay(results: list[Result]) -> str:
     """Global against local replay."""
     head = [
@@ -227,6 +257,20 @@ def _median(result: Result, name: str) -> float:
     return float(result["figures"][name]["median"])
 
 
+def _ranks(result: Result, name: str) -> list[str]:
+    """Median and least, or that it is not a matter of ranks."""
+    found = result["figures"].get(name)
+    return [f"{found['median']:.4f}", f"{found['min']:.4f}"] if found else ["-", "-"]
+
+
+def _least(result: Result, name: str) -> str:
+    return f"{result['figures'][name]['min']:.4f}"
+
+
+def _same(row: dict[str, Any]) -> str:
+    return "; ".join(f"{equal} of {total} as {other}" for other, (equal, total) in row["same"].items()) or "-"
+
+
 def _mean(result: Result, name: str) -> str:
     """Mean and standard error."""
     values = result["figures"][name]["values"]
@@ -269,6 +313,7 @@ def mib(nbytes: float) -> str:
 SECTIONS: dict[str, Callable[[list[Result]], str]] = {
     "compress": compress,
     "kvpress": kvpress,
+    "parity": parity,
     "replay": replay,
     "decode": decode,
     "open": open_,

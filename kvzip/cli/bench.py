@@ -137,9 +137,9 @@ def report(
 
     shown = {}
     if pictures:
-        from kvzip.bench.plots import draw
+        from kvzip.bench.plots import draw, draw_runs
 
-        shown = draw(load_results(folder), Path(output).parent)
+        shown = draw(load_results(folder), Path(output).parent) | draw_runs(folder, Path(output).parent)
     Path(output).write_text(results_page(folder, shown), encoding="utf-8")
 
 

@@ -6,12 +6,14 @@ difference does not make everything after it differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvzip.compress import CHUNK_LEN, chunk_slices
+from kvzip.generation import Clock, check_positions
 from kvzip.hf.cache import SessionCache
 from kvzip.llm import LLM, CompressedContext
 
@@ -23,13 +25,13 @@ class Reference:
     """The full cache's greedy answer to a question.
 
     ids: [n] int64, the question and its answer but the last token.  answer_ids: the m tokens of the answer.
-    log_probs: [m, V] float32, the full cache's at each of them.
+    log_probs: [m, V] float32, the full cache's at each of them.  text: the answer.
     """
 
-    question: str
     ids: Tensor
     answer_ids: Tensor
     log_probs: Tensor
+    text: str
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,23 @@ class Fidelity:
     same_answer: bool
 
 
-def make_reference(full: CompressedContext, question: str, max_new_tokens: int = ANSWER_TOKENS) -> Reference:
-    """The reference answer.  full: a context at keep ratio 1."""
-    answer = torch.tensor(full.ask(question, max_new_tokens=max_new_tokens).token_ids)
-    ids = torch.cat([torch.tensor(full.llm.question_ids(question)), answer[:-1]])
-    return Reference(question, ids, answer, answer_log_probs(full, ids, len(answer)))
+def make_reference(
+    full: CompressedContext, prompt_ids: Sequence[int], max_new_tokens: int = ANSWER_TOKENS
+) -> Reference:
+    """The reference answer.  full: a context at keep ratio 1.  prompt_ids: what stands behind it, `llm.question_ids`.
+
+    Raises ContextLengthError where the model's positions do not suffice.
+    """
+    (found,) = answer_ids(full, [prompt_ids], max_new_tokens)
+    ids, answer = torch.tensor([*prompt_ids, *found[:-1]]), torch.tensor(found)
+    return Reference(ids, answer, answer_log_probs(full, ids, len(found)), full.llm.generator.text(found))
+
+
+def answer_ids(context: CompressedContext, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """The tokens of the greedy answer to each prompt, end token included, as one batch. Raises ContextLengthError."""
+    llm = context.llm
+    check_positions(context.data.logical_len, max(map(len, prompts)), max_new_tokens, llm.max_positions)
+    return llm.generator.run_batch(context.cache(), prompts, max_new_tokens, Clock(), {})
 
 
 def fidelity(context: CompressedContext, reference: Reference) -> Fidelity:

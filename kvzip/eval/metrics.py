@@ -1,7 +1,8 @@
 """Scores of one answer in [0, 1], and the mean of many with its error. Pure text in, numbers out.
 
 What the published scorers do wrong is left out and named: SCBench iterates over labels that are plain strings, so that
-a gold answer "A" is found in any output with an "a" in it.
+a gold answer "A" is found in any output with an "a" in it, and each character of a Chinese answer is an answer of its
+own; its multiple choice takes the first character for the option, so that "Because" means B.
 """
 
 from __future__ import annotations
@@ -9,17 +10,32 @@ from __future__ import annotations
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from kvzip.errors import MissingExtraError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+STATED_OPTION = re.compile(  # "(B)" anywhere, "B" or "B. text" at the beginning, "the answer is B", "option B"
+    r"\(([A-Z])\)"
+    r"|^[\s\"'*`]*([A-Z])(?=[.):,\"'*`]|\s*$|\s*\n)"
+    r"|\b(?i:answer|option|choice)(?:\s+is)?[\s:\"'*`]*([A-Z])\b(?!['’]|\s+[a-z])"
+)
 
 
 def contains(prediction: str, golds: Sequence[str]) -> float:
     """1 if any gold string stands in the prediction as it is (SCBench's retrieval tasks)."""
     return float(any(gold in prediction for gold in golds))
+
+
+def found_anywhere(prediction: str, golds: Sequence[str]) -> float:
+    """1 if any gold string stands in the prediction in any case (SCBench's En.QA)."""
+    return float(any(gold.lower() in prediction.lower() for gold in golds))
 
 
 def fraction_found(prediction: str, golds: Sequence[str]) -> float:
@@ -49,6 +65,28 @@ def choice(prediction: str, golds: Sequence[str]) -> float:
     return float(found is not None and (found[1] or found[2]) in golds)
 
 
+def option(prediction: str, golds: Sequence[str]) -> float:
+    """1 if the prediction is the gold option, by its letter or by its text (En.MultiChoice, ICL.ManyShot).
+
+    golds: the letter, the text of that option, then those of the others, so that an answer with two of them is wrong.
+    A stated letter decides; "A" as an article and the first letter of a word are none.
+    """
+    letter, as_given = golds[0], [_bare(text) for text in golds[1:]]
+    if _bare(prediction) and _bare(prediction) in as_given:
+        return float(_bare(prediction) == as_given[0])
+    said, texts = normalized(prediction), [normalized(text) for text in golds[1:]]
+    letters = string.ascii_uppercase[: len(texts) or None]
+    for found in STATED_OPTION.finditer(prediction):
+        stated = found[1] or found[2] or found[3]
+        if stated in letters:
+            return float(stated == letter)
+    named = [text for text in dict.fromkeys(texts) if text and f" {text} " in f" {said} "]
+    longest = [text for text in named if not any(f" {text} " in f" {other} " for other in named if other != text)]
+    if longest:
+        return float(longest == texts[:1])
+    return choice(prediction, [letter])
+
+
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
     """SQuAD's exact match: 1 if the normalised texts are equal."""
     return float(any(normalized(prediction) == normalized(gold) for gold in golds))
@@ -57,6 +95,17 @@ def exact_match(prediction: str, golds: Sequence[str]) -> float:
 def f1(prediction: str, golds: Sequence[str]) -> float:
     """SQuAD's F1: the best overlap of normalised words over the gold answers."""
     return max(_f1(normalized(prediction).split(), normalized(gold).split()) for gold in golds)
+
+
+def char_f1(prediction: str, golds: Sequence[str]) -> float:
+    """The best F1 over characters, without white space, punctuation and symbols (SCBench's Zh.QA)."""
+    return max(_f1(_letters(prediction), _letters(gold)) for gold in golds)
+
+
+def rouge_lsum(prediction: str, golds: Sequence[str]) -> float:
+    """The best F of ROUGE-Lsum, a sentence a line, words not stemmed. Raises MissingExtraError."""
+    scorer = _rouge_scorer()
+    return max(float(scorer.score(gold, prediction)["rougeLsum"].fmeasure) for gold in golds)
 
 
 def included(prediction: str, golds: Sequence[str]) -> float:
@@ -96,3 +145,20 @@ def _f1(found: list[str], gold: list[str]) -> float:
         return float(found == gold)
     common = sum((Counter(found) & Counter(gold)).values())
     return 2 * common / (len(found) + len(gold))
+
+
+def _bare(text: str) -> str:
+    return text.strip(string.whitespace + string.punctuation).lower()
+
+
+def _letters(text: str) -> list[str]:
+    return [c for c in text.lower() if unicodedata.category(c)[0] not in "PSZC"]
+
+
+@lru_cache(maxsize=1)
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise MissingExtraError.of("rouge-score", "eval") from error
+    return rouge_scorer.RougeScorer(["rougeLsum"])

@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import html
-import io
-from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
-from kvzip.eval.drawing import pyplot
+from kvzip.eval.plots import curves, kept_map, needle_map, svg
+from kvzip.eval.settings import FULL
 from kvzip.eval.summary import Line, summarize
 
-COLORS = ("#3a8f8a", "#c1694f", "#5b6c9d", "#b08e2f", "#8a5a83", "#6b8e4e", "#4f4f4f")
+Row = dict[str, Any]
 NUM_EXAMPLES = 4
+MAX_SHOWN = 400  # characters of an answer
 COLUMNS = (
-    "method", "keep ratio", "score", "of full", "KL", "same answer", "KV memory", "contexts", "questions", "gaps",
+    "method", "keep ratio", "score", "change to full", "of full", "KL", "same answer", "repeated", "KV memory",
+    "contexts", "questions", "gaps",
 )  # fmt: skip
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2b33; background: #fff; max-width: 60rem; 
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2b33; background: #fff; max-width: 66rem;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #d8dee1; padding-top: 1rem;
   break-after: avoid; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #e6eaec; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; font-size: .9rem; }
+th, td { padding: .15rem .55rem; white-space: nowrap; text-align: right; border-bottom: 1px solid #e6eaec; }
 th { font-weight: 600; color: #5a6970; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.figure { overflow-x: auto; } svg { max-width: 100%; height: auto; }
-.facts, .gap, figcaption { color: #5a6970; font-size: .9rem; overflow-wrap: anywhere; }
+.figure, .wide { overflow-x: auto; } svg { max-width: 100%; height: auto; } tr.full td { font-weight: 600; }
+.facts, .gap, .caption { color: #5a6970; font-size: .9rem; overflow-wrap: anywhere; }
 .example { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem 1rem; margin: 1rem 0; }
 .example > :nth-child(odd) { color: #5a6970; } .right { color: #2a7a4b; } .wrong { color: #b0432b; }
-@media print { body { margin: 0; max-width: none; } .figure, .example { break-inside: avoid; } }
+@media print { body { margin: 0; max-width: none; } table { font-size: .7rem; }
+  th, td { padding: .1rem .3rem; } .figure, .example, tr { break-inside: avoid; } }
 @media (max-width: 40rem) { .example { grid-template-columns: 1fr; } }
 """
 
 
-def report_page(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def report_page(header: Row, rows: list[Row]) -> str:
     """The page of one run.  header, rows: `kvzip.eval.run.read_rows`. Raises MissingExtraError without matplotlib."""
     lines = summarize(rows)
-    config = header["config"]
-    sections = [
-        _task(task, list(group), [row for row in rows if row["task"] == task])
-        for task, group in groupby(lines, key=lambda line: line.task)
-    ]
-    title = f"{config['model']}: what a compressed cache costs in answers"
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    sections = [_task(task, lines, [row for row in rows if row["task"] == task]) for task in tasks]
+    title = f"{header['config']['model']}: what a compressed cache costs in answers"
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -50,123 +48,134 @@ def report_page(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _facts(header: dict[str, Any]) -> str:
+def _facts(header: Row) -> str:
     config = header["config"]
+    files = [f"{task}: {file['name']}" for task, file in config["data"].items()]
+    versions = [f"{task} {version}" for task, version in config["task_versions"].items()]
     known = {
-        "settings": f"{config['context_len']} tokens a context, {config['limit']} contexts a task, "
-        f"seed {config['seed']}",
+        "settings": f"{config['context_len']} tokens a context, at most {config['limit']} contexts a task, "
+        f"{config['max_questions'] or 'all'} questions a context, {config['mode']}, seed {config['seed']}",
+        "task versions": ", ".join(versions),
         "hash": header["hash"],
         "model": f"{config['model']} ({config['fingerprint']}), {config['dtype']}",
-        "data": (config["data"] or {}).get("name"),
+        "data": ", ".join(files),
         "command": header.get("command"),
         "machine": header.get("machine"),
-        "kvzip": " ".join(filter(None, [header.get("kvzip"), header.get("commit"), header.get("date")])),
+        "kvzip": " ".join(filter(None, [config["kvzip"], header.get("commit"), header.get("date")])),
     }
     lines = [f"{name}: {_text(value)}" for name, value in known.items() if value]
     return f'<p class="facts">{"<br>".join(lines)}</p>'
 
 
-def _task(task: str, lines: list[Line], rows: list[dict[str, Any]]) -> str:
-    full = next((line for line in lines if line.method == "full"), None)
-    curves = _curves(lines, full)
-    caption = "Bars are standard errors with the questions of a context taken as dependent; dashed: the full cache."
-    return (
-        f"<h2>{_text(task)}</h2>\n{_table(lines)}\n"
-        f'<div class="figure">{curves}<figcaption>{caption}</figcaption></div>\n{_examples(rows)}\n'
+def _task(task: str, lines: list[Line], rows: list[Row]) -> str:
+    labels = dict.fromkeys(line.task for line in lines if line.task == task or line.task.startswith(f"{task}/"))
+    parts = "".join(_part(label, [line for line in lines if line.task == label]) for label in labels)
+    needles, kept = needle_map(rows), kept_map(rows)
+    maps = ""
+    if needles is not None:
+        maps += _figure(svg(needles), "Share of needles found, by depth and keep ratio.")
+    if kept is not None:
+        maps += _figure(svg(kept), "Share of the context's pairs kept in each layer and KV head, mean of all contexts.")
+    return f"{parts}{maps}{_examples(rows)}\n"
+
+
+def _part(label: str, lines: list[Line]) -> str:
+    if not any(line.score is not None for line in lines):
+        return f"<h2>{_text(label)}</h2>\n{_table(lines)}\n"
+    caption = (
+        "Bars are standard errors with the questions of a context taken as dependent; dashed: the full cache. "
+        "The picture in the middle compares at equal bytes."
     )
+    return f"<h2>{_text(label)}</h2>\n{_figure(svg(curves(lines)), caption)}{_table(lines)}\n"
+
+
+def _figure(picture: str, caption: str) -> str:
+    return f'<div class="figure">{picture}<p class="caption">{caption}</p></div>\n'
 
 
 def _table(lines: list[Line]) -> str:
-    body = "".join(_cells("td", _shown(line)) for line in lines)
-    return f"<table><thead>{_cells('th', COLUMNS)}</thead><tbody>{body}</tbody></table>"
+    body = "".join(_cells("td", _shown(line), "full" if line.method == FULL else "") for line in lines)
+    return f'<div class="wide"><table><thead>{_cells("th", COLUMNS)}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _shown(line: Line) -> tuple[str, ...]:
     return (
         line.method,
-        f"{line.keep_ratio:.3f}",
-        f"{100 * line.score:.1f} ± {100 * line.error:.1f}",
+        f"{line.keep_ratio_asked if line.keep_ratio is None else line.keep_ratio:.3f}",
+        _percent(line.score, line.error),
+        "" if line.method == FULL else _percent(line.change, line.change_error, "+"),
         "-" if line.relative is None else f"{100 * line.relative:.0f}%",
-        f"{line.kl:.4f}",
-        f"{100 * line.same:.0f}%",
-        f"{line.nbytes / 2**20:.1f} MiB",
+        "-" if line.kl is None else f"{line.kl:.4f}",
+        "-" if line.same is None else f"{100 * line.same:.0f}%",
+        "-" if line.reconstruction is None else f"{100 * line.reconstruction:.1f}%",
+        "-" if line.nbytes is None else f"{line.nbytes / 2**20:.1f} MiB",
         str(line.num_contexts),
-        str(line.num_questions),
-        str(line.gaps),
+        f"{line.num_questions} of {line.num_asked}",
+        str(line.gaps or ""),
     )
 
 
-def _cells(tag: str, values: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_text(value)}</{tag}>" for value in values) + "</tr>"
+def _percent(value: float | None, error: float | None, sign: str = "") -> str:
+    return "-" if value is None or error is None else f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
 
 
-def _curves(lines: list[Line], full: Line | None) -> str:
-    """Score against keep ratio, score against bytes, KL against keep ratio, as one SVG."""
-    plt = pyplot()
-    figure, (by_ratio, by_bytes, loss) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    methods = list(dict.fromkeys(line.method for line in lines if line.method != "full"))
-    for color, method in zip(COLORS * len(methods), methods, strict=False):
-        found = sorted((line for line in lines if line.method == method), key=lambda line: line.keep_ratio)
-        scores, errors = [100 * line.score for line in found], [100 * line.error for line in found]
-        ratios, sizes = [line.keep_ratio for line in found], [line.nbytes / 2**20 for line in found]
-        by_ratio.errorbar(ratios, scores, errors, fmt="o-", color=color, label=method, capsize=2)
-        by_bytes.errorbar(sizes, scores, errors, fmt="o-", color=color, capsize=2)
-        loss.plot(ratios, [line.kl for line in found], "o-", color=color)
-    for axes in (by_ratio, by_bytes):
-        if full is not None:
-            axes.axhline(100 * full.score, color="#8a9296", linestyle="--", linewidth=1)
-        axes.set_ylim(-3, 103)
-        axes.set_ylabel("score")
-    loss.set_ylabel("KL to the full cache, nats a token")
-    for axes, name in ((by_ratio, "keep ratio"), (by_bytes, "KV memory, MiB"), (loss, "keep ratio")):
-        axes.set_xlabel(name)
-        axes.spines[["top", "right"]].set_visible(False)
-    if methods:
-        by_ratio.legend(frameon=False, fontsize=8)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    picture = out.getvalue()
-    return picture[picture.index("<svg") :]
+def _cells(tag: str, values: tuple[str, ...], cls: str = "") -> str:
+    cells = "".join(f"<{tag}>{_text(value)}</{tag}>" for value in values)
+    return f'<tr class="{cls}">{cells}</tr>' if cls else f"<tr>{cells}</tr>"
 
 
-def _examples(rows: list[dict[str, Any]]) -> str:
+def _examples(rows: list[Row]) -> str:
     """A few answers that are no longer what they were, full and compressed below one another."""
-    full = {row["sample"]: row["questions"] for row in rows if row["kind"] == "row" and row["method"] == "full"}
+    asked = {row["sample"]: row["questions"] for row in rows if row["kind"] == "asked"}
+    full = {row["sample"]: row["answers"] for row in rows if row["kind"] == "row" and row["method"] == FULL}
     changed = [
-        (row, before, after)
+        (row, question, before, after)
         for row in rows
-        if row["kind"] == "row" and row["method"] != "full"
-        for before, after in zip(full[row["sample"]], row["questions"], strict=True)
+        if row["kind"] == "row" and row["method"] != FULL
+        for question, before, after in zip(asked[row["sample"]], full[row["sample"]], row["answers"], strict=True)
         if before["answer"] != after["answer"]
     ]
+    if not full:
+        return ""
     if not changed:
         return "<p>No answer changed.</p>"
     step = max(1, len(changed) // NUM_EXAMPLES)
-    parts = [_example(*found) for found in changed[::step][:NUM_EXAMPLES]]
-    return f"<h3>Answers that changed ({len(changed)})</h3>{''.join(parts)}"
+    parts = [_example(*found) for found in changed[step // 2 :: step][:NUM_EXAMPLES]]
+    return f"<h3>Answers that changed ({len(parts)} of {len(changed)})</h3>{''.join(parts)}"
 
 
-def _example(row: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
+def _example(row: Row, question: Row, before: Row, after: Row) -> str:
     cells = [
-        ("question", _text(before["question"])),
-        ("expected", _text(" / ".join(before["golds"]))),
+        ("question", _text(question["text"])),
+        ("expected", _text(_cut(question["gold"]))),
         ("full cache", _judged(before)),
         (f"{row['method']}, {row['keep_ratio_asked']:g}", _judged(after)),
     ]
     return '<div class="example">' + "".join(f"<span>{_text(n)}</span><span>{v}</span>" for n, v in cells) + "</div>"
 
 
-def _judged(question: dict[str, Any]) -> str:
-    mark = "right" if question["score"] == 1 else "wrong"
-    return f'<span class="{mark}">{_text(question["answer"])}</span> ({100 * question["score"]:.0f})'
+def _judged(answer: Row) -> str:
+    mark = "right" if answer["score"] == 1 else "wrong"
+    text = _text(_cut(answer["answer"])) or "(nothing)"
+    return f'<span class="{mark}">{text}</span> ({100 * answer["score"]:.0f})'
 
 
-def _gaps(rows: list[dict[str, Any]]) -> str:
-    gaps = [row for row in rows if row["kind"] == "gap"]
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."
+
+
+def _gaps(rows: list[Row]) -> str:
+    """Reasons with what they left out, equal ones together."""
+    gaps: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["kind"] == "gap":
+            gaps.setdefault((row["task"], row["method"], row["reason"]), []).append(f"{row['keep_ratio_asked']:g}")
     if not gaps:
         return ""
-    lines = [f"{row['task']}, {row['method']}, keep ratio {row['keep_ratio_asked']:g}: {row['reason']}" for row in gaps]
+    lines = [
+        f"{task}, {method}, keep ratio {', '.join(dict.fromkeys(ratios))}: {reason}"
+        for (task, method, reason), ratios in gaps.items()
+    ]
     items = "".join(f"<li>{_text(line)}</li>" for line in lines)
     return f'<h2>Not measured</h2><ul class="gap">{items}</ul>'
 

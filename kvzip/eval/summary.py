@@ -3,73 +3,119 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip.eval.metrics import mean_and_error
+from kvzip.eval.settings import FULL
+
+Row = dict[str, Any]
+Key = tuple[str, str, float]  # task (and part), method, keep ratio asked
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method at one keep ratio on one task.
+    """One method at one keep ratio on one task, or on one part of a mixed task ("mix-repoqa-kv/kv").
 
-    score, error: mean and its standard error, contexts as clusters.  relative: score over the full cache's on the same
-    samples, None where that is 0.  kl: mean KL(full || compressed) a token, in nats.  same: share of unchanged answers.
-    num_contexts, num_questions: measured.  gaps: samples without a result.  nbytes, full_nbytes: mean of the contexts.
+    score, error: mean and its standard error, contexts as clusters.  change, change_error: score minus that of the full
+    cache on the same questions.  relative: score over the full cache's, None where that is 0.  kl: mean
+    KL(full || compressed) a token, in nats.  same: share of unchanged answers.  reconstruction: share of the text that
+    is still repeated, or None.  num_contexts, num_questions: measured.  num_asked: questions with those of gaps.
+    gaps: samples without a result.  nbytes, full_nbytes: mean of the contexts.  seconds: answering and comparing, a
+    question.  All numbers of a line without a result are None.
     """
 
     task: str
     method: str
     keep_ratio_asked: float
-    keep_ratio: float
-    score: float
-    error: float
-    relative: float | None
-    kl: float
-    same: float
-    num_contexts: int
-    num_questions: int
-    gaps: int
-    nbytes: float
-    full_nbytes: float
+    keep_ratio: float | None = None
+    score: float | None = None
+    error: float | None = None
+    change: float | None = None
+    change_error: float | None = None
+    relative: float | None = None
+    kl: float | None = None
+    same: float | None = None
+    reconstruction: float | None = None
+    num_contexts: int = 0
+    num_questions: int = 0
+    num_asked: int = 0
+    gaps: int = 0
+    nbytes: float | None = None
+    full_nbytes: float | None = None
+    seconds: float | None = None
 
 
-def summarize(rows: list[dict[str, Any]]) -> list[Line]:
-    """One line for each task, method and keep ratio that has a result, in the order of the rows."""
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
-    gaps: dict[tuple[str, str, float], int] = defaultdict(int)
+@dataclass
+class _Group:
+    """Rows of one line, each with those of its answers that count, and the full cache's beside them."""
+
+    rows: list[tuple[Row, list[Row], list[Row]]] = field(default_factory=list)
+    gaps: int = 0
+    unanswered: int = 0
+
+
+def summarize(rows: list[Row]) -> list[Line]:
+    """One line for each task, part, method and keep ratio, in the order of the rows; those with gaps alone as well."""
+    asked = {(row["task"], row["sample"]): row["questions"] for row in rows if row["kind"] == "asked"}
+    full = {(r["task"], r["sample"]): r["answers"] for r in rows if r["kind"] == "row" and r["method"] == FULL}
+    groups: dict[Key, _Group] = defaultdict(_Group)
     for row in rows:
-        key = row["task"], row["method"], row["keep_ratio_asked"]
+        sample = row["task"], row["sample"]
         if row["kind"] == "row":
-            groups[key].append(row)
-        else:
-            gaps[key] += 1
-    full = {(row["task"], row["sample"]): row for row in rows if row["kind"] == "row" and row["method"] == "full"}
-    return [_line(key, found, gaps[key], full) for key, found in groups.items()]
+            for part, places in _parts(asked[sample]):
+                group = groups[_label(row["task"], part), row["method"], row["keep_ratio_asked"]]
+                answers, before = ([found[i] for i in places] for found in (row["answers"], full[sample]))
+                group.rows.append((row, answers, before))
+        elif row["kind"] == "gap":
+            group = groups[row["task"], row["method"], row["keep_ratio_asked"]]
+            group.gaps += 1
+            group.unanswered += row["num_questions"]
+    return [_line(key, group) for key, group in groups.items()]
 
 
-def _line(
-    key: tuple[str, str, float], rows: list[dict[str, Any]], gaps: int, full: dict[tuple[str, int], dict[str, Any]]
-) -> Line:
-    clusters = [[q["score"] for q in row["questions"]] for row in rows]
-    score, error = mean_and_error(clusters)
-    base, _ = mean_and_error([[q["score"] for q in full[row["task"], row["sample"]]["questions"]] for row in rows])
-    questions = [q for row in rows for q in row["questions"]]
+def _parts(questions: list[Row]) -> Iterator[tuple[str, list[int]]]:
+    """Each part of a sample's questions with their places."""
+    for part in dict.fromkeys(question["part"] for question in questions):
+        yield part, [i for i, question in enumerate(questions) if question["part"] == part]
+
+
+def _label(task: str, part: str) -> str:
+    return f"{task}/{part}" if part else task
+
+
+def _line(key: Key, group: _Group) -> Line:
+    task, method, asked = key
+    if not group.rows:
+        return Line(task, method, asked, num_asked=group.unanswered, gaps=group.gaps)
+    scores = [[a["score"] for a in answers] for _, answers, _ in group.rows]
+    before = [[b["score"] for b in full] for _, _, full in group.rows]
+    changes = [[a - b for a, b in zip(*both, strict=True)] for both in zip(scores, before, strict=True)]
+    answers = [answer for _, found, _ in group.rows for answer in found]
+    (score, error), (change, change_error), (base, _) = (mean_and_error(c) for c in (scores, changes, before))
+    rows = [row for row, _, _ in group.rows]
+    repeated = [row["reconstruction"] for row in rows if row["reconstruction"] is not None]
     return Line(
-        task=key[0],
-        method=key[1],
-        keep_ratio_asked=key[2],
+        task=task,
+        method=method,
+        keep_ratio_asked=asked,
         keep_ratio=_mean([row["keep_ratio"] for row in rows]),
         score=score,
         error=error,
+        change=change,
+        change_error=change_error,
         relative=score / base if base else None,
-        kl=_mean([q["kl"] for q in questions]),
-        same=_mean([q["same_answer"] for q in questions]),
+        kl=_mean([a["kl"] for a in answers]),
+        same=_mean([a["same_answer"] for a in answers]),
+        reconstruction=_mean(repeated) if repeated else None,
         num_contexts=len(rows),
-        num_questions=len(questions),
-        gaps=gaps,
+        num_questions=len(answers),
+        num_asked=len(answers) + group.unanswered,
+        gaps=group.gaps,
         nbytes=_mean([row["kv_nbytes"] for row in rows]),
         full_nbytes=_mean([row["full_kv_nbytes"] for row in rows]),
+        seconds=sum(row["ask_s"] for row in rows) / sum(len(row["answers"]) for row in rows),
     )
 
 

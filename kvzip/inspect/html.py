@@ -14,14 +14,13 @@ import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvzip.context import RaggedContext
-from kvzip.errors import FileError
+from kvzip.files import write_whole
 from kvzip.inspect import summary
 
 DETAIL_LIMIT = 6_000_000  # pairs; the rank of each one is a byte of the page up to here, counts per token beyond
@@ -54,19 +53,7 @@ def to_html(context: RaggedContext, token_texts: Sequence[str]) -> str:
 
 def write_html(context: RaggedContext, token_texts: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Write the page of `to_html` to a file, whole or not at all. Raises FileError if it can't be written."""
-    page, target = to_html(context, token_texts).encode(), Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        try:
-            temporary.write_bytes(page)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise FileError(f"can't write {str(path)!r}: {reason}; give a file in a folder you can write to") from error
+    write_whole(path, to_html(context, token_texts).encode())
 
 
 def _prose(text: str) -> str:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 from kvzip.errors import InputError
 
@@ -17,10 +17,16 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a context.  golds: accepted answers, or all parts of the answer, as the metric takes them."""
+    """One question about a context.
+
+    golds: accepted answers, or all parts of the answer, as the metric takes them; none = the full cache's own answer.
+    part: the subtask of a mixed task, judged apart.  max_new_tokens: of its answer, where not that of the task.
+    """
 
     text: str
-    golds: tuple[str, ...]
+    golds: tuple[str, ...] = ()
+    part: str = ""
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class TaskSettings:
     """What a run asks of a task.
 
     context_len: tokens of a context, about.  count_tokens: how long a text is for the model at hand.  limit: samples.
-    path: a file of the user, where the task reads one.
+    path: a file of the user, where the task reads one (or the name of a package).  questions: a second one, as `text`
+    takes it.
     """
 
     context_len: int
@@ -45,22 +52,26 @@ class TaskSettings:
     limit: int
     seed: int = 0
     path: str | None = None
+    questions: str | None = None
 
 
 class Task(ABC):
     """A task of the registry.
 
     version: counts up when its samples or its metric change.  source: where it was described.  instruction: stands
-    before the context in the user's turn.  max_new_tokens: of an answer.
+    before the context in the user's turn.  max_new_tokens: of an answer.  num_questions: of a context, in words.
+    reads: what a file of the user holds, or None where the task reads none.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    source: ClassVar[str]
-    licence: ClassVar[str]
-    metric: ClassVar[str]
-    instruction: ClassVar[str | None] = None
-    max_new_tokens: ClassVar[int] = 32
+    name: str
+    version: int = 1
+    source: str
+    licence: str
+    metric: str
+    instruction: str | None = None
+    max_new_tokens: int = 32
+    num_questions: str
+    reads: str | None = None
 
     @abstractmethod
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
@@ -70,12 +81,16 @@ class Task(ABC):
     def score(self, prediction: str, question: Question) -> float:
         """The score of one answer in [0, 1]."""
 
+    def gold_answer(self, question: Question) -> str:
+        """The expected answer as a conversation would hold it."""
+        return " ".join(question.golds) if self.metric == "fraction_found" else question.golds[0]
+
 
 class GeneratedTask(Task):
     """A task whose contexts are made of items, as many as fit the length that was asked for."""
 
     licence = "generated here"
-    min_items: ClassVar[int] = 8
+    min_items: int = 8
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
         for index in range(settings.limit):

@@ -10,6 +10,7 @@ from itertools import islice
 from kvzip.errors import InputError
 from kvzip.eval import metrics
 from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
+from kvzip.eval.tasks.hub import rows
 from kvzip.files import read_utf8
 
 MIN_TOKENS = 72  # contexts shorter than that are left out, as in the paper
@@ -19,21 +20,24 @@ BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 class GSM8K(Task):
     """All sentences of a problem but the last are the context, the last one is the question.
 
-    path: JSON lines with `question` and `answer`, the result after "####".  The paper's scorer takes a gold number that
-    stands anywhere in the answer, so that 5 is found in 15; here the number after the last "answer is" must be equal.
+    path: JSON lines with `question` and `answer`, the result after "####"; the hub where none is given.
+    The paper's scorer takes a gold number that stands anywhere in the answer, so that 5 is found in 15; here the number
+    after the last "answer is" must be equal.
     """
 
     name = "gsm8k"
     source = "GSM8K, arXiv 2110.14168; split as in arXiv 2505.23416"
     licence = "that of the file: GSM8K is MIT"
     metric = "stated_number"
+    num_questions = "1"
+    reads = "GSM8K as JSON lines; the test split from the hub otherwise"
     instruction = 'Solve the problem step by step and end with "The answer is N.", N the number alone.'
     max_new_tokens = 256
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
-        if settings.path is None:
-            raise InputError("task 'gsm8k' needs a file of JSON lines: give --data FILE")
-        found = (_sample(problem) for problem in _problems(settings.path))
+        path = settings.path
+        problems = _problems(path) if path else rows("openai/gsm8k", "main", "test", None, self.name)
+        found = (_sample(problem) for problem in problems)
         long = (s for s in found if s is not None and settings.count_tokens(s.context) >= MIN_TOKENS)
         return islice(long, settings.limit)
 

@@ -14,6 +14,7 @@ CITIES = (
     "Chicago", "Nairobi", "Lisbon", "Osaka", "Quito", "Tallinn", "Perth", "Cairo", "Bogota", "Riga", "Hanoi",
 )  # fmt: skip
 NUM_DEPTHS = 11
+LENGTH_PARTS = (1, 2, 4)  # of the length asked for
 FILLER = (
     "The harbour was quiet that morning.", "A cart of hay went by on the upper road.", "Nobody had wound the clock.",
     "The bread was still warm.", "Rain was expected before noon.", "The dog slept by the door.",
@@ -24,32 +25,37 @@ FILLER = (
 class Needle(Task):
     """One sentence with a number among others, at 11 depths from the beginning to the end, one depth a sample.
 
+    Samples beyond the first 11 and 22 are half and a quarter as long.
     path: a text to hide it in; sentences of our own where none is given.
     """
 
     name = "niah"
+    version = 2
     source = "needle in a haystack (G. Kamradt, 2023), as in arXiv 2505.23416"
     licence = "generated here"
     metric = "contains"
+    num_questions = "1"
+    reads = "a text as the haystack"
     max_new_tokens = 16
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
-        hay = _hay(settings)
+        hays = {part: _hay(settings, settings.context_len // part) for part in LENGTH_PARTS}
         for index in range(settings.limit):
             rng = random.Random(f"{self.name}/{self.version}/{settings.seed}/{index}")
             depth = index % NUM_DEPTHS / (NUM_DEPTHS - 1)
-            city, number = rng.choice(CITIES), str(rng.randint(1_000_000, 9_999_999))
+            part = LENGTH_PARTS[index // NUM_DEPTHS % len(LENGTH_PARTS)]
+            hay, city, number = hays[part], rng.choice(CITIES), str(rng.randint(1_000_000, 9_999_999))
             at = round(depth * len(hay))
             needle = f"One of the special magic numbers for {city} is: {number}."
             context = " ".join([*hay[:at], needle, *hay[at:]])
             question = Question(f"What is the special magic number for {city} mentioned in the text?", (number,))
-            yield Sample(context, (question,), {"depth": depth, "context_len": settings.context_len})
+            yield Sample(context, (question,), {"depth": depth, "context_len": settings.context_len // part})
 
     def score(self, prediction: str, question: Question) -> float:
         return metrics.contains(prediction, question.golds)
 
 
-def _hay(settings: TaskSettings) -> list[str]:
+def _hay(settings: TaskSettings, context_len: int) -> list[str]:
     """Sentences of about `context_len` tokens."""
     if settings.path is None:
         rng = random.Random(settings.seed)
@@ -59,7 +65,7 @@ def _hay(settings: TaskSettings) -> list[str]:
     low, high = 0, len(sentences)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = settings.count_tokens(" ".join(sentences[:middle])) <= settings.context_len
+        fits = settings.count_tokens(" ".join(sentences[:middle])) <= context_len
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == len(sentences):
         raise InputError(f"{settings.path} is shorter than {settings.context_len} tokens: give a longer text")

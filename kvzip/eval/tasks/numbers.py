@@ -18,6 +18,7 @@ class MathFind(GeneratedTask):
     name = "math-find"
     source = "SCBench Math.Find, arXiv 2412.10319"
     metric = "first_number"
+    num_questions = "5"
     instruction = "Below is a list of numbers."
     max_new_tokens = 8
 

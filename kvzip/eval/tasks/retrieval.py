@@ -18,11 +18,12 @@ class RetrKV(GeneratedTask):
     name = "retr-kv"
     source = "SCBench Retr.KV, arXiv 2412.10319"
     metric = "contains"
+    num_questions = str(NUM_QUESTIONS)
     instruction = "Extract the value corresponding to the specified key in the JSON object below."
     max_new_tokens = 64
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
-        pairs = [(_uuid(rng), _uuid(rng)) for _ in range(num_items)]
+        pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(num_items)]
         body = ",\n".join(f'"{key}": "{value}"' for key, value in pairs)
         asked = [pairs[i] for i in spread(rng, num_items, NUM_QUESTIONS)]
         questions = (
@@ -40,6 +41,7 @@ class RetrPrefixSuffix(GeneratedTask):
     name = "retr-prefix-suffix"
     source = "SCBench Retr.Prefix-Suffix, arXiv 2412.10319; lengths of strings are ours, the paper leaves them open"
     metric = "contains"
+    num_questions = str(NUM_QUESTIONS)
     instruction = "Find the string in the list below that starts and ends as asked."
     max_new_tokens = 48
     edge_len = 5
@@ -61,5 +63,6 @@ class RetrPrefixSuffix(GeneratedTask):
         return metrics.contains(prediction, question.golds)
 
 
-def _uuid(rng: random.Random) -> str:
+def random_uuid(rng: random.Random) -> str:
+    """A UUID that depends on `rng` alone."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))

@@ -9,28 +9,30 @@ from typing import Any
 from kvzip.errors import InputError
 from kvzip.eval import metrics
 from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
+from kvzip.eval.tasks.hub import rows
 from kvzip.files import read_utf8
 
 
 class Squad(Task):
     """Articles joined up to the length asked for, and the questions about all their paragraphs.
 
-    path: the file (SQuAD v1 or v2, XQuAD); questions without an answer are left out.
+    path: the file (SQuAD v1 or v2, XQuAD); the training split of SQuAD from the hub where none is given, paragraphs in
+    their order, each once (arXiv 2505.23416).  Questions without an answer are left out.
     """
 
     name = "squad"
     source = "SQuAD, arXiv 1606.05250; many questions a context as in arXiv 2505.23416"
     licence = "that of the file: SQuAD and XQuAD are CC BY-SA 4.0"
     metric = "included"
+    num_questions = "all of the file"
+    reads = "a SQuAD JSON file; SQuAD from the hub otherwise"
     max_new_tokens = 32
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
-        if settings.path is None:
-            raise InputError("task 'squad' needs a SQuAD JSON file: give --data FILE")
         texts: list[str] = []
         questions: list[Question] = []
         made = 0
-        for paragraph in read_paragraphs(settings.path):
+        for paragraph in read_paragraphs(settings.path) if settings.path else _published():
             longer = "\n\n".join([*texts, paragraph["context"]])
             if texts and settings.count_tokens(longer) > settings.context_len:
                 yield Sample("\n\n".join(texts), tuple(questions))
@@ -53,6 +55,16 @@ def _questions(paragraph: dict[str, Any]) -> list[Question]:
         for qa in paragraph["qas"]
         if qa.get("answers")
     ]
+
+
+def _published() -> Iterator[dict[str, Any]]:
+    """Paragraphs of the published set, each once, with all its questions."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows("rajpurkar/squad", None, "train", None, Squad.name):
+        answers = [{"text": text} for text in row["answers"]["text"]]
+        found.setdefault(row["context"], []).append({"question": row["question"], "answers": answers})
+    for context, questions in found.items():
+        yield {"context": context, "qas": questions}
 
 
 def read_paragraphs(path: str) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from kvzip.eval import metrics
 from kvzip.eval.tasks.base import GeneratedTask, Question, Sample
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NUM_CHAINS, NUM_HOPS = 5, 2
 
 
 class RetrMultiHop(GeneratedTask):
@@ -18,19 +17,22 @@ class RetrMultiHop(GeneratedTask):
     name = "retr-multihop"
     source = "SCBench Retr.MultiHop, arXiv 2412.10319; five chains of two hops, so that there are five questions"
     metric = "fraction_found"
+    num_questions = "5"
     instruction = "Memorize and track the chains of variable assignments hidden in the following text."
     max_new_tokens = 48
-    min_items = NUM_CHAINS * (NUM_HOPS + 1)
+    num_chains, num_hops = 5, 2
+    min_items = 15
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
-        names = _distinct(rng, string.ascii_uppercase, 5, NUM_CHAINS * (NUM_HOPS + 1))
-        values = _distinct(rng, "123456789", 5, NUM_CHAINS)
-        chains = [names[i * (NUM_HOPS + 1) : (i + 1) * (NUM_HOPS + 1)] for i in range(NUM_CHAINS)]
+        length = self.num_hops + 1
+        names = _distinct(rng, string.ascii_uppercase, 5, self.num_chains * length)
+        values = _distinct(rng, "123456789", 5, self.num_chains)
+        chains = [names[i * length : (i + 1) * length] for i in range(self.num_chains)]
         lines = [NOISE] * num_items
         places = sorted(rng.sample(range(num_items), len(names)))
-        order = [chain for chain in range(NUM_CHAINS) for _ in range(NUM_HOPS + 1)]
+        order = [chain for chain in range(self.num_chains) for _ in range(length)]
         rng.shuffle(order)
-        reached = [0] * NUM_CHAINS
+        reached = [0] * self.num_chains
         for place, chain in zip(places, order, strict=True):
             hop = reached[chain]
             given = values[chain] if hop == 0 else f"VAR {chains[chain][hop - 1]}"

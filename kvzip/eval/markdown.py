@@ -1,0 +1,93 @@
+"""A run of `kvzip eval` as a section of a Markdown page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvzip.eval.settings import FULL
+from kvzip.eval.summary import Line, summarize
+
+Row = dict[str, Any]
+OURS = "kvzip"
+
+
+def section(header: Row, rows: list[Row], pictures: dict[str, str]) -> str:
+    """Tables of scores and of KL for each task or part, with its pictures, and where the figures come from.
+
+    header, rows: `kvzip.eval.run.read_rows`.  pictures: file by name, the names of `kvzip.eval.plots.pictures`.
+    """
+    lines = summarize(rows)
+    labels = dict.fromkeys(line.task for line in lines)
+    parts = [f"## Answers: {header['config']['model']}\n"]
+    for label in labels:
+        parts.append(_task(label, [line for line in lines if line.task == label], pictures))
+    return "\n".join([*parts, _losses(lines), _origin(header)])
+
+
+def _task(label: str, lines: list[Line], pictures: dict[str, str]) -> str:
+    full = next((line for line in lines if line.method == FULL), None)
+    if full is None or full.score is None:
+        return f"### {label}\n\nNot measured: see the gaps in the result file.\n"
+    text = (
+        f"Full cache: {_score(full)}, {full.num_questions} questions about {full.num_contexts} contexts, "
+        f"{(full.full_nbytes or 0) / 2**20:.1f} MiB each. Columns are keep ratios.\n"
+    )
+    methods = [line for line in lines if line.method != FULL]
+    score = _table("score (%)", methods, _score)
+    loss = _table("KL to the full cache (nats a token)", methods, lambda line: _number(line.kl))
+    stem = label.replace("/", "-")
+    task = label.partition("/")[0]
+    names = [f"{stem}-curves", *([f"{task}-needles", f"{task}-kept"] if stem == task else [])]
+    shown = [f"![{name}]({pictures[name]})\n" for name in names if name in pictures]
+    return "\n".join([f"### {label}\n", text, score, loss, *shown])
+
+
+def _table(title: str, lines: list[Line], show: Any) -> str:
+    ratios = list(dict.fromkeys(line.keep_ratio_asked for line in lines))
+    found = {(line.method, line.keep_ratio_asked): line for line in lines}
+    head = f"| {title} | {' | '.join(f'{ratio:g}' for ratio in ratios)} |\n|{' --- |' * (len(ratios) + 1)}"
+    body = [
+        f"| {method} | {' | '.join(show(found[method, r]) if (method, r) in found else '-' for r in ratios)} |"
+        for method in dict.fromkeys(line.method for line in lines)
+    ]
+    return "\n".join([head, *body, ""])
+
+
+def _losses(lines: list[Line]) -> str:
+    """Where another method does better than ours at the same keep ratio, by score or by KL."""
+    found = []
+    for own in (line for line in lines if line.method == OURS and line.score is not None):
+        same = [
+            line for line in lines
+            if (line.task, line.keep_ratio_asked) == (own.task, own.keep_ratio_asked)
+            and line.method not in (FULL, OURS) and line.score is not None
+        ]  # fmt: skip
+        better = [f"{line.method} ({_score(line)})" for line in same if (line.score or 0) > (own.score or 0)]
+        nearer = [f"{line.method} ({_number(line.kl)})" for line in same if (line.kl or 0) < (own.kl or 0)]
+        if better:
+            found.append(f"- {own.task} at {own.keep_ratio_asked:g}: score {_score(own)} against {', '.join(better)}")
+        if nearer:
+            found.append(f"- {own.task} at {own.keep_ratio_asked:g}: KL {_number(own.kl)} against {', '.join(nearer)}")
+    listed = "\n".join(found) or "- nowhere in this run"
+    return f"### Where `{OURS}` is not the best\n\nErrors overlap in many of these; all are listed.\n\n{listed}\n"
+
+
+def _origin(header: Row) -> str:
+    config = header["config"]
+    packages = ", ".join(f"{name} {version}" for name, version in header.get("packages", {}).items())
+    data = ", ".join(f"{task} from {file['name']}" for task, file in config["data"].items())
+    return (
+        f"How this was measured: `{header.get('command')}`, {header.get('date')}, kvzip {config['kvzip']} at "
+        f"{header.get('commit') or 'no checkout'}, {packages}, {config['dtype']}, {header.get('machine')}; contexts of "
+        f"about {config['context_len']:,} tokens, at most {config['limit']} a task and "
+        f"{config['max_questions'] or 'all'} questions each, {config['mode']}, seed {config['seed']}"
+        f"{'; ' + data if data else ''}; settings {header['hash']}.\n"
+    )
+
+
+def _score(line: Line) -> str:
+    return "-" if line.score is None or line.error is None else f"{100 * line.score:.1f} ± {100 * line.error:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
