@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
+from textwrap import dedent
 from typing import Any
 
 from kvzip.errors import MissingExtraError
@@ -27,15 +28,16 @@ def same_function(prediction: str, golds: Sequence[str]) -> float:
 def first_function(text: str) -> str:
     """The first Python function of the first fenced block, or of the text; all of it where none can be told."""
     fenced = FENCED.search(text)
-    code = (fenced[1] if fenced else text).strip("\n")
+    code = dedent(fenced[1] if fenced else text).strip("\n")
     try:
         tree = ast.parse(code)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two: ten thousand dashes, say
         return code.strip()
-    found = next((node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))), None)
-    if found is None:
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    if not functions:
         return code.strip()
-    return "\n".join(code.split("\n")[found.lineno - 1 : found.end_lineno])
+    found = min(functions, key=lambda node: node.lineno)
+    return dedent("\n".join(code.split("\n")[found.lineno - 1 : found.end_lineno]))
 
 
 def bleu(found: str, expected: str) -> float:

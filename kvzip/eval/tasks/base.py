@@ -114,6 +114,29 @@ class GeneratedTask(Task):
         """A sample with that many items."""
 
 
+class FittedTask(GeneratedTask):
+    """A generated task whose items differ in length, so that each context is fitted by itself.
+
+    `make` draws the same items first, however many are asked for.
+    """
+
+    def samples(self, settings: TaskSettings) -> Iterator[Sample]:
+        for index in range(settings.limit):
+            seed, count = f"{self.name}/{self.version}/{settings.seed}/{index}", self.min_items
+            for _ in range(6):
+                sample = self.make(random.Random(seed), count, index)
+                length = settings.count_tokens(sample.context)
+                if count == self.min_items and length > 1.1 * settings.context_len:
+                    raise InputError(
+                        f"task {self.name!r} needs a context of at least {length} tokens: give --context-len {length}"
+                        " or more"
+                    )
+                if abs(length - settings.context_len) <= 0.01 * settings.context_len:
+                    break
+                count = max(self.min_items, round(count * settings.context_len / length))
+            yield sample
+
+
 def spread(rng: random.Random, length: int, count: int) -> list[int]:
     """`count` different indices below `length`, one from each of `count` equal parts, so that all depths are asked."""
     edges = [length * i // count for i in range(count + 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, zip_longest
 
 from kvzip.eval import metrics
 from kvzip.eval.tasks.base import Question, Sample, TaskSettings, spread
@@ -15,7 +15,7 @@ NUM_EACH = 4
 
 
 class MixRepoQAKV(RepoQA):
-    """Functions with a pair of UUIDs between any two; functions and values are asked for in turn, and judged apart."""
+    """Functions and, evenly between them, pairs of UUIDs; both are asked for in turn, and judged apart."""
 
     name = "mix-repoqa-kv"
     source = "SCBench Mix.RepoQA+KV, arXiv 2412.10319; where the pairs stand is ours, the paper leaves it open"
@@ -25,15 +25,20 @@ class MixRepoQAKV(RepoQA):
     num_asked = NUM_EACH
 
     def make(self, rng: random.Random, functions: list[Function], settings: TaskSettings) -> Sample:
-        chosen = self.draw(rng, functions, settings, lambda code: _with_pair(code, _pair(random.Random(0))))
-        pairs = [_pair(rng) for _ in chosen]
-        blocks = [_with_pair(code, pair) for (code, _), pair in zip(chosen, pairs, strict=True)]
-        code_questions = (replace(question, part="repoqa") for question in self.ask(rng, chosen))
+        pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(num_pairs(settings.context_len))]
+        lines = [f'"{key}": "{value}"' for key, value in pairs]
+        left = settings.context_len - settings.count_tokens(GAP.join(lines))
+        chosen = self.draw(rng, functions, left, settings.count_tokens)
+        blocks: list[str] = []
+        for i, (code, _) in enumerate(chosen):
+            blocks += [code, *lines[len(lines) * i // len(chosen) : len(lines) * (i + 1) // len(chosen)]]
+        code_questions = [replace(question, part="repoqa") for question in self.ask(rng, chosen)]
         kv_questions = [
             Question(f'Key: "{key}"\nThe value associated with this key is:', (value,), "kv", 64)
             for key, value in (pairs[i] for i in spread(rng, len(pairs), NUM_EACH))
         ]
-        return Sample(GAP.join(blocks), tuple(chain(*zip(code_questions, kv_questions, strict=True))))
+        in_turn = chain.from_iterable(zip_longest(code_questions, kv_questions))
+        return Sample(GAP.join(blocks), tuple(question for question in in_turn if question))
 
     def score(self, prediction: str, question: Question) -> float:
         if question.part == "kv":
@@ -41,9 +46,6 @@ class MixRepoQAKV(RepoQA):
         return super().score(prediction, question)
 
 
-def _pair(rng: random.Random) -> tuple[str, str]:
-    return random_uuid(rng), random_uuid(rng)
-
-
-def _with_pair(code: str, pair: tuple[str, str]) -> str:
-    return f'{code}{GAP}"{pair[0]}": "{pair[1]}"'
+def num_pairs(context_len: int) -> int:
+    """100 pairs in 68,000 tokens, as in the paper; at least 8."""
+    return max(8, min(100, context_len // 680))

@@ -36,7 +36,7 @@ class Needle(Task):
     metric = "contains"
     num_questions = "1"
     reads = "a text as the haystack"
-    max_new_tokens = 16
+    max_new_tokens = 32  # a whole sentence with the number
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
         hays = {part: _hay(settings, settings.context_len // part) for part in LENGTH_PARTS}

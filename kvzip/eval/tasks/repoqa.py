@@ -5,22 +5,28 @@ from __future__ import annotations
 import ast
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 
 from kvzip.errors import InputError
 from kvzip.eval.code_similarity import same_function
-from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings, spread
+from kvzip.eval.tasks.base import CountTokens, Question, Sample, Task, TaskSettings, spread
 
 DEFAULT = (
     "statistics", "textwrap", "shlex", "heapq", "difflib", "calendar", "inspect", "ast", "pathlib", "argparse",
-    "ipaddress", "collections", "email", "logging", "unittest", "asyncio",
+    "ipaddress", "collections", "email", "logging", "unittest", "asyncio", "mailbox", "tarfile", "zipfile", "http",
+    "urllib", "xml", "_pydecimal", "ftplib", "imaplib", "pydoc", "doctest", "importlib", "multiprocessing", "turtle",
+    "bdb", "pdb", "typing", "threading", "_pydatetime", "configparser", "shutil", "_pyio", "codecs", "optparse",
+    "fractions", "random", "concurrent", "dis", "traceback", "smtplib", "socket", "tempfile", "pickletools", "wsgiref",
+    "sqlite3", "datetime", "enum", "functools", "locale", "tokenize", "zoneinfo", "xmlrpc", "pickle", "subprocess",
+    "symtable", "trace", "csv", "plistlib", "ssl", "uuid", "cmd", "code", "weakref", "pstats", "gettext", "ctypes",
 )  # fmt: skip
 MIN_LINES, MAX_LINES = 4, 25  # of a function
 MIN_WORDS = 5  # of a description
 NUM_QUESTIONS = 5
-MAX_NEW_TOKENS = 320
+MAX_NEW_TOKENS = 320  # longer functions are not taken
 MIN_FUNCTIONS = 20
 GAP = "\n\n\n"
 Function = tuple[str, str]  # code without its docstring, description
@@ -45,8 +51,9 @@ class RepoQA(Task):
     num_asked = NUM_QUESTIONS
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
-        functions = list(_functions(_sources(settings.path)))
-        total = sum(settings.count_tokens(code) for code, _ in functions)
+        sizes = {function: settings.count_tokens(function[0] + GAP) for function in _functions(_sources(settings.path))}
+        functions = [function for function, size in sizes.items() if size < MAX_NEW_TOKENS - 20]  # 20: the fences
+        total = sum(sizes[function] for function in functions)
         if len(functions) < MIN_FUNCTIONS or total < settings.context_len:
             raise InputError(
                 f"{settings.path or 'the standard library'} has {len(functions)} documented functions of {MIN_LINES}-"
@@ -59,25 +66,31 @@ class RepoQA(Task):
 
     def make(self, rng: random.Random, functions: list[Function], settings: TaskSettings) -> Sample:
         """A sample of (code, description) pairs drawn from `functions`."""
-        chosen = self.draw(rng, functions, settings, lambda code: code)
+        chosen = self.draw(rng, functions, settings.context_len, settings.count_tokens)
         return Sample(GAP.join(code for code, _ in chosen), tuple(self.ask(rng, chosen)))
 
     def draw(
-        self, rng: random.Random, functions: list[Function], settings: TaskSettings, block: Callable[[str], str]
+        self, rng: random.Random, functions: list[Function], length: int, count_tokens: CountTokens
     ) -> list[Function]:
-        """As many of the functions as fit the length, at least one for each question.  block: what stands for one."""
+        """Functions that fill `length` tokens. Raises InputError where fewer than two do."""
         chosen: list[Function] = []
-        length = 0
+        left = length
         for function in rng.sample(functions, len(functions)):
-            length += settings.count_tokens(block(function[0]) + GAP)
-            if length > settings.context_len and len(chosen) >= self.num_asked:
+            size = count_tokens(function[0] + GAP)
+            if size <= left:
+                chosen.append(function)
+                left -= size
+            if left < max(30, 0.02 * length):
                 break
-            chosen.append(function)
+        if len(chosen) < 2:
+            raise InputError(
+                f"task {self.name!r}: fewer than two functions fit the context: give a larger --context-len"
+            )
         return chosen
 
     def ask(self, rng: random.Random, chosen: list[Function]) -> Iterator[Question]:
         """Questions about functions at all depths."""
-        for place in spread(rng, len(chosen), self.num_asked):
+        for place in spread(rng, len(chosen), min(self.num_asked, len(chosen))):
             code, description = chosen[place]
             others = [other for other, _ in chosen if other != code]
             yield Question(
@@ -92,50 +105,59 @@ class RepoQA(Task):
 
 def _sources(name: str | None) -> list[Path]:
     """Python files of a package, folder or file, in a fixed order. Raises InputError."""
-    found = [path for part in ([name] if name else DEFAULT) for path in _files(part)]
+    found = _files(Path(name)) if name and Path(name).exists() else []
+    found = found or [path for part in ([name] if name else DEFAULT) for path in _installed(part)]
     if not found:
         raise InputError(f"{name!r} is no installed package and no Python source: give one, as --data repoqa=email")
     return found
 
 
-def _files(name: str) -> list[Path]:
-    path = Path(name)
-    if not path.exists():
-        try:
-            spec = find_spec(name.partition(".")[0])
-        except (ImportError, ValueError):
-            return []
-        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-            return []
-        path = Path(spec.origin)
-        path = path.parent if path.name == "__init__.py" else path
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path] * (path.suffix == ".py")
+def _installed(name: str) -> list[Path]:
+    """Files of an installed package; a part of one, as email.utils, stands for all of it."""
+    try:
+        spec = find_spec(name.partition(".")[0])
+    except (ImportError, ValueError):
+        return []
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return []
+    path = Path(spec.origin)
+    return _files(path.parent if path.name == "__init__.py" else path)
+
+
+def _files(path: Path) -> list[Path]:
+    """Python files of a folder, without its tests, or the file itself."""
+    if not path.is_dir():
+        return [path] * (path.suffix == ".py")
+    return sorted(p for p in path.rglob("*.py") if not {"test", "tests"} & set(p.relative_to(path).parts))
 
 
 def _functions(paths: list[Path]) -> Iterator[Function]:
-    """(code without docstring, description) of documented functions, each name once."""
+    """(code without docstring, description) of documented functions and methods, each name and description once."""
     seen: set[str] = set()
     for path in paths:
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
-        except (OSError, ValueError, SyntaxError):
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         lines = source.split("\n")
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name not in seen and (found := _function(node, lines)):
-                seen.add(node.name)
-                yield found
+        for node in (n for top in tree.body for n in (top.body if isinstance(top, ast.ClassDef) else [top])):
+            if not isinstance(node, ast.FunctionDef) or node.name in seen:
+                continue
+            about = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if about and about not in seen and (function := _function(node, about, lines)):
+                seen |= {node.name, about}
+                yield function
 
 
-def _function(node: ast.FunctionDef, lines: list[str]) -> Function | None:
-    """None for what is too short, too long, or not described."""
-    about = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-    if not about or len(node.body) < 2:
+def _function(node: ast.FunctionDef, about: str, lines: list[str]) -> Function | None:
+    """None for what is too short, too long, or not described in words.  about: its docstring's first paragraph."""
+    if ">>>" in about or len(node.body) < 2:
         return None
     docstring = node.body[0]
     kept = [*lines[node.lineno - 1 : docstring.lineno - 1], *lines[docstring.end_lineno or 0 : node.end_lineno]]
     description = re.sub(rf"\b{re.escape(node.name)}\b(\([^)]*\))?", "it", about)
     if not MIN_LINES <= len(kept) <= MAX_LINES or len(description.split()) < MIN_WORDS:
         return None
-    return "\n".join(line.rstrip() for line in kept), description
+    code = dedent("\n".join(line.rstrip() for line in kept))
+    return (code, description) if code.startswith("def ") else None  # a string in it may stand at the margin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from kvzip.eval import metrics
-from kvzip.eval.tasks.base import GeneratedTask, Question, Sample, spread
+from kvzip.eval.tasks.base import FittedTask, Question, Sample, spread
 from kvzip.eval.tasks.needle import FILLER
 from kvzip.eval.tasks.tracking import RetrMultiHop
 from kvzip.eval.tasks.words import ADJECTIVES, CATEGORIES, coined_words
@@ -17,18 +17,18 @@ NUM_COMMON = 10
 NOISE_WORD = "..."
 
 
-class MultiKey(GeneratedTask):
+class MultiKey(FittedTask):
     """Needles with many keys in a haystack; the numbers of four keys are asked for, the others distract."""
 
     name = "ruler-multikey"
     source = f"{SOURCE}: niah_multikey"
     metric = "contains"
     num_questions = str(NUM_KEYS)
-    max_new_tokens = 16
+    max_new_tokens = 32  # a whole sentence with the number
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
         things = [f"{a} {word}" for words in CATEGORIES.values() for word in words.split() for a in ADJECTIVES]
-        keys = rng.sample(things, max(NUM_KEYS, num_items // 4))
+        keys = rng.sample(things, min(len(things), max(NUM_KEYS, num_items // 4)))
         numbers = [str(n) for n in rng.sample(range(1_000_000, 10_000_000), len(keys))]
         lines = [rng.choice(FILLER) for _ in range(num_items)]
         for place, key, number in zip(spread(rng, num_items, len(keys)), keys, numbers, strict=True):
@@ -50,9 +50,10 @@ class VariableTracking(RetrMultiHop):
     source = f"{SOURCE}: vt"
     num_questions = "1"
     num_chains, num_hops = 1, 4
+    max_new_tokens = 64
 
 
-class FrequentWords(GeneratedTask):
+class FrequentWords(FittedTask):
     """Coined words whose counts fall as the square of their rank (zeta distribution); the three commonest are asked.
 
     The most frequent of all is noise, as in RULER, and does not count. Counts of the first five ranks all differ.
@@ -63,7 +64,7 @@ class FrequentWords(GeneratedTask):
     metric = "fraction_found"
     num_questions = "1"
     instruction = f"Below is a coded text. Track how often each coded word appears, and ignore '{NOISE_WORD}'."
-    max_new_tokens = 32
+    max_new_tokens = 48
     min_items = 120
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
@@ -84,7 +85,7 @@ class FrequentWords(GeneratedTask):
         return metrics.fraction_found(prediction, question.golds)
 
 
-class CommonWords(GeneratedTask):
+class CommonWords(FittedTask):
     """A numbered list in which ten words come ten times as often as all the others; the ten are asked for."""
 
     name = "ruler-cwe"
@@ -92,8 +93,8 @@ class CommonWords(GeneratedTask):
     metric = "fraction_found"
     num_questions = "1"
     instruction = "Below is a numbered list of words, in which ten words come more often than all others."
-    max_new_tokens = 64
-    min_items = 150
+    max_new_tokens = 96
+    min_items = 110
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
         rare_count = max(1, num_items // 400)
