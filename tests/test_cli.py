@@ -706,6 +706,8 @@ def test_units():
     assert (screen.seconds(0.0852), screen.seconds(1.236), screen.seconds(12.34)) == ("85 ms", "1.24 s", "12.3 s")
     assert screen.amount(1024, 2013, "tokens") == "1,024/2,013 tokens"
     assert screen.rate(1000, 2.0, "tokens") == "500 tokens/s" and screen.rate(1000, 0.0, "tokens") == ""
+    assert (screen.left(1, 4, 60.0), screen.left(1, 4, 10.0)) == ("3 min left", "30 s left")
+    assert screen.left(0, 4, 10.0) == screen.left(4, 4, 10.0) == ""
     assert screen.amount(3, None, "bytes") == ""
 
 

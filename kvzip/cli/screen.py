@@ -28,7 +28,7 @@ TITLES = {
     "converting": "Converting",
     "waiting for another process": "Waiting for another process",
 }
-UNITS = {"prefill": "tokens", "score": "tokens", "eval": "contexts", "converting": "tensors"}  # bytes elsewhere
+UNITS = {"prefill": "tokens", "score": "tokens", "eval": "rows", "converting": "tensors"}  # bytes elsewhere
 MIN_RATE_S = 0.2  # seconds before a rate means something
 
 
@@ -125,7 +125,8 @@ class Bars:
                 title, unit = TITLES.get(phase, phase), UNITS.get(phase, "bytes")
                 self._tasks[phase] = self._phases.add_task(title, total=total, unit=unit, rate="")
             task = self._phases.tasks[self._phases.task_ids.index(self._tasks[phase])]
-            now = rate(done, task.elapsed or 0.0, task.fields["unit"])
+            elapsed_s = task.elapsed or 0.0
+            now = left(done, total, elapsed_s) if phase == "eval" else rate(done, elapsed_s, task.fields["unit"])
             self._phases.update(task.id, completed=done, total=total, rate=now)
 
     @contextmanager
@@ -184,3 +185,11 @@ def rate(done: float, elapsed_s: float, unit: str) -> str:
         return ""
     per_s = done / elapsed_s
     return f"{size(per_s)}/s" if unit == "bytes" else f"{per_s:,.0f} {unit}/s"
+
+
+def left(done: float, total: float | None, elapsed_s: float) -> str:
+    """The time that remains at the pace so far: "4 min left", "50 s left"; nothing while there is none."""
+    if not done or not total or done >= total:
+        return ""
+    remaining = elapsed_s * (total - done) / done
+    return f"{remaining / 60:.0f} min left" if remaining >= 90 else f"{remaining:.0f} s left"
