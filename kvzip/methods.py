@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvzip.budget import BUDGET_KINDS, BudgetKind, get_budget_kind
 from kvzip.errors import UnknownNameError
-from kvzip.parts import Part, make_part, options_of, split_part, unknown_option
+from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
 from kvzip.scorers import SCORERS, scorer_class
 
+
+@dataclass(frozen=True)
+class Alias:
+    """A composition that the literature knows by a name."""
+
+    composition: str
+    help: str
+    source: str
+
+
 ALIASES = {
-    "adakv": "window+adakv",
-    "expected-attention": "expected:epsilon=0.01+adakv",
-    "h2o": "accumulated+uniform",
-    "kvzip": "reconstruction+global",
-    "kvzip-head": "head-profile+head",
-    "kvzip-plus": "reconstruction-plus+global",
-    "l2-norm": "key-norm+uniform",
-    "pyramidkv": "window:window_size=8+pyramid",
-    "snapkv": "window+uniform",
-    "streaming-llm": "sinks-recent+uniform",
-    "tova": "last-query+uniform",
+    "adakv": Alias(
+        "window+adakv", "SnapKV's scores; heads of a layer compete, none is left bare", "Ada-KV, arXiv 2407.11550"
+    ),
+    "expected-attention": Alias(
+        "expected:epsilon=0.01+adakv",
+        "what future queries are expected to look at, times the size of the value",
+        "Expected Attention, arXiv 2510.00636",
+    ),
+    "h2o": Alias("accumulated+uniform", "what got most attention in sum, and the last tokens", "H2O, arXiv 2306.14048"),
+    "kvzip": Alias(
+        "reconstruction+global", "what the model needs to repeat the text (the default)", "KVzip, arXiv 2505.23416"
+    ),
+    "kvzip-head": Alias("head-profile+head", "whole heads, by a profile of the model", "KVzip, arXiv 2505.23416"),
+    "kvzip-plus": Alias(
+        "reconstruction-plus+global", "kvzip, times what a pair adds to the stream", "KVzip+, arXiv 2601.07891"
+    ),
+    "l2-norm": Alias("key-norm+uniform", "small key norms", "L2-norm, arXiv 2406.11430"),
+    "pyramidkv": Alias(
+        "window:window_size=8+pyramid", "SnapKV's scores; lower layers keep more", "PyramidKV, arXiv 2406.02069"
+    ),
+    "snapkv": Alias("window+uniform", "what the last tokens look at, and its neighbours", "SnapKV, arXiv 2404.14469"),
+    "streaming-llm": Alias("sinks-recent+uniform", "the first and the last tokens", "StreamingLLM, arXiv 2309.17453"),
+    "tova": Alias("last-query+uniform", "what the last token looks at", "TOVA, arXiv 2401.06104"),
 }
 
 
@@ -75,17 +97,22 @@ def split_methods(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in re.split(r",(?!\s*\w+=)", text) if word.strip())
 
 
-def is_alias(name: str, *, alone: bool = True) -> bool:
-    """Whether the name stands for other parts.  alone: no other part stands beside it."""
-    return name in ALIASES and (alone or name not in BUDGET_KINDS)
+def all_options(name: str) -> dict[str, Option]:
+    """The options of a method's name or of a part's, with the defaults that hold there. Raises UnknownNameError."""
+    found: dict[str, Option] = {}
+    for part, given in _expand(name, alone=True):
+        for option in options_of(_find(part)[1]).values():
+            own = option.read(part, given[option.name]) if option.name in given else option.default
+            found[option.name] = replace(option, default=own)
+    return found
 
 
 def _expand(word: str, alone: bool) -> list[tuple[str, dict[str, str]]]:
     """The parts that a word stands for, with their options as text."""
     name, given = split_part(word)
-    if not is_alias(name, alone=alone):
+    if name not in ALIASES or (name in BUDGET_KINDS and not alone):
         return [(name, given)]
-    parts = [split_part(part) for part in ALIASES[name].split("+")]
+    parts = [split_part(part) for part in ALIASES[name].composition.split("+")]
     homes = {option: options for part, options in parts for option in options_of(_find(part)[1])}
     for option, value in given.items():
         if option not in homes:
