@@ -10,7 +10,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvzip.errors import InputError, UnknownNameError
@@ -94,7 +94,7 @@ class Part:
 
     name: str
     options: tuple[tuple[str, Any], ...] = ()
-    text: str = ""
+    text: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         """The canonical form: the name, then the options that differ from their defaults."""
