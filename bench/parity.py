@@ -139,7 +139,7 @@ def compare_scores(
     check_repeats(context, found["own"]["repeat_ids"], chunk_len)
     scores = {kind: f["scores"][..., prefix_len:] for kind, f in found.items()}
     as_is = full.scores(method, own_chunk_len)
-    few_sinks = FewSinksScorer(*as_is.shape)
+    few_sinks = FewSinksScorer(as_is.shape)
     context.replay(few_sinks, chunk_len, merge_short=False)
     ours, total = few_sinks.scores(), context.context_ids.numel()
     same_chunks = chunk_slices(total, own_chunk_len) == chunk_slices(total, chunk_len, merge_short=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvzip.errors import BudgetError, UnknownNameError
@@ -18,24 +20,57 @@ UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 class BudgetKind:
     """How a total is divided over layers and heads.
 
-    select: (scores [Lf, Hkv, S], pairs) -> keep mask.  pool_dims: which of (layer, head) compete for the same pairs.
-    scorer: the only scorer it goes with, or None.
+    select: (scores [Lf, Hkv, S], pairs, options by keyword) -> keep mask.  pool_dims: which of (layer, head) compete
+    for the same pairs.  scorer: the only scorer it goes with, or None.
     """
 
-    select: Callable[[Tensor, int], Tensor]
+    select: Callable[..., Tensor]
     pool_dims: tuple[bool, bool]
     help: str
+    source: str
     scorer: str | None = None
+
+    def __call__(self, scores: Tensor, pairs: int, options: Mapping[str, Any]) -> Tensor:
+        """The keep mask [Lf, Hkv, S]; layers that are pinned throughout stay whole, the others share the rest."""
+        pinned, rest = selection.keep_pinned_layers(scores, pairs)
+        if not pinned.any():
+            return self.select(scores, pairs, **options)
+        mask = torch.ones_like(scores, dtype=torch.bool)
+        if not pinned.all():
+            mask[~pinned] = self.select(scores[~pinned], rest, **options)
+        return mask
 
 
 BUDGET_KINDS = {
-    "global": BudgetKind(selection.select_global, (True, True), "one threshold over all layers and heads"),
-    "layer": BudgetKind(selection.select_layer, (False, True), "the same count in every layer, pooled over its heads"),
-    "uniform": BudgetKind(selection.select_uniform, (False, False), "the same count in every head"),
+    "global": BudgetKind(
+        selection.select_global, (True, True), "one threshold over all layers and heads", "KVzip, arXiv 2505.23416"
+    ),
+    "layer": BudgetKind(
+        selection.select_layer,
+        (False, True),
+        "the same count in every layer, pooled over its heads",
+        "KVzip's comparison, arXiv 2505.23416",
+    ),
+    "uniform": BudgetKind(
+        selection.select_uniform, (False, False), "the same count in every head", "SnapKV, arXiv 2404.14469"
+    ),
+    "adakv": BudgetKind(
+        selection.select_adakv,
+        (False, True),
+        "as layer, but each head keeps at least a share",
+        "Ada-KV, arXiv 2407.11550",
+    ),
+    "pyramid": BudgetKind(
+        selection.select_pyramid,
+        (False, False),
+        "as uniform, but more in the lower layers, falling linearly",
+        "PyramidKV, arXiv 2406.02069",
+    ),
     "head": BudgetKind(
         selection.select_heads,
         (True, True),
         "whole heads, by the model's head profile",
+        "KVzip, arXiv 2505.23416",
         scorer="head-profile",
     ),
 }

@@ -8,8 +8,9 @@ One `FullContext` serves any number of methods and keep ratios.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +21,15 @@ from kvzip.budget import Amounts
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.errors import ContextLengthError
 from kvzip.hf.geometry import Geometry
-from kvzip.hf.prefill import PrefillCache, Replay, forward_at, replay
+from kvzip.hf.prefill import PrefillCache, Replay, Watch, read_watched, replay
+from kvzip.hf.projections import input_norms, output_weights
 from kvzip.methods import Method
 from kvzip.ops.ragged import cu_seqlens_of, pack, pack_bits
 from kvzip.ops.rope import shift_keys
 from kvzip.ops.selection import select_above
 from kvzip.progress import Progress, silent
 from kvzip.scorers import get_scorer
-from kvzip.scorers.base import Observation, Scorer
+from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Reading
 
 CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
 BRIDGE_LEN = 8  # tokens of the chunk before that a later repeat prompt quotes
@@ -96,23 +98,75 @@ class FullContext:
     def __init__(self, engine: Engine, prefix_ids: Tensor, context_ids: Tensor) -> None:
         self.engine, self.prefix_ids, self.context_ids = engine, prefix_ids, context_ids
         self.cache = PrefillCache(engine.geometry, prefix_ids.numel() + context_ids.numel(), engine.backend)
-        self.prefill_s = 0.0
+        self.prefill_s = self._watch_s = 0.0
+        self._watched: tuple[str, BaseScorer] | None = None
 
     @property
     def length(self) -> int:
         """Tokens of prefix and context."""
         return self.prefix_ids.numel() + self.context_ids.numel()
 
+    def make_scorer(self, name: str) -> BaseScorer:
+        """A new scorer for this context, named with its options. Raises UnknownNameError or InputError."""
+        full_layers = self.engine.geometry.full_layers
+        num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
+        scorer = get_scorer(name, len(full_layers), num_kv_heads, self.context_ids.numel())
+        if "hidden_states" in scorer.needs:
+            output_weights(self.engine.model, self.engine.geometry)  # refuse before any work
+        return scorer
+
     @torch.inference_mode()
-    def prefill(self, block_len: int = PREFILL_BLOCK, progress: Progress = silent) -> None:
-        """Read what was not read yet of prefix and context, `block_len` tokens a forward pass."""
+    def prefill(
+        self, block_len: int = PREFILL_BLOCK, progress: Progress = silent, scorer_name: str | None = None
+    ) -> None:
+        """Read what was not read yet of prefix and context, `block_len` tokens a forward pass.
+
+        scorer_name: shown the queries on the way, where it needs them, so that `score` by it reads nothing again. Its
+        time is no part of `prefill_s`.  Raises as `make_scorer`, before any work.
+        """
+        started, watch_s = time.perf_counter(), self._watch_s
+        if scorer_name is not None and not self.cache.length:
+            self._begin_to_watch(scorer_name)
+        try:
+            self._read(self.cache.length, block_len, "prefill", progress)
+        finally:
+            self.cache.set_watch(None)
+        self.prefill_s += time.perf_counter() - started - (self._watch_s - watch_s)
+
+    def watched_s(self, scorer_name: str) -> float:
+        """Seconds that the scorer of that name took while the text was read."""
+        return self._watch_s if self._watched is not None and self._watched[0] == scorer_name else 0.0
+
+    def _begin_to_watch(self, scorer_name: str) -> None:
+        scorer = self.make_scorer(scorer_name)
+        if scorer.needs & WHILE_READING:
+            self._watched = scorer_name, scorer
+            watch = self._watch(scorer)
+            self.cache.set_watch(replace(watch, observe=lambda *seen: self._clocked(watch.observe, *seen)))
+
+    def _clocked(self, observe: Callable[[int, Reading], None], layer: int, reading: Reading) -> None:
         started = time.perf_counter()
+        observe(layer, reading)
+        self._watch_s += time.perf_counter() - started
+
+    def _read(self, first: int, block_len: int, stage: str, progress: Progress) -> None:
+        """Run the model over the tokens from position `first` on."""
         ids = torch.cat([self.prefix_ids, self.context_ids])
-        progress("prefill", self.cache.length, self.length)
-        for start in range(self.cache.length, self.length, block_len):
-            forward_at(self.engine.model, ids[start : start + block_len], start, self.cache)
-            progress("prefill", self.cache.length, self.length)
-        self.prefill_s += time.perf_counter() - started
+        progress(stage, first, self.length)
+        for start in range(first, self.length, block_len):
+            block = ids[start : start + block_len]
+            read_watched(self.engine.model, block, start, self.cache)
+            progress(stage, start + block.numel(), self.length)
+
+    def _watch(self, scorer: BaseScorer, *, last: int | None = None) -> Watch:
+        """Show `scorer` the queries of the context's last tokens, as many as it wants."""
+        full_layers, prefix_len = self.engine.geometry.full_layers, self.prefix_ids.numel()
+
+        def observe(layer: int, reading: Reading) -> None:
+            scorer.watch(full_layers.index(layer), reading)
+
+        num_queries = min(scorer.num_queries, self.context_ids.numel())
+        return Watch(prefix_len, self.length - num_queries, observe, last)
 
     @torch.inference_mode()
     def score(
@@ -126,23 +180,42 @@ class FullContext:
     ) -> Tensor:
         """Scores [Lf, Hkv, S] float32 of the context's pairs, higher = keep.
 
-        local: a replayed chunk sees prefix and chunk alone, so that the cost is linear in the length of the context.
+        scorer_name: may have options, as `window:window_size=64`.  local: a replayed chunk sees prefix and chunk alone,
+        so that the cost is linear in the length of the context.
+        A scorer that needs queries of the context and was not named to `prefill` has the text read again for it, over
+        the stored keys: a forward pass up to the last full-attention layer, exact with sliding windows too, that stores
+        nothing. So one prefill serves any number of methods, and queries are never kept.
         """
-        full_layers = self.engine.geometry.full_layers
-        num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
-        scorer = get_scorer(scorer_name, len(full_layers), num_kv_heads, self.context_ids.numel())
+        watched, self._watched = self._watched, None
+        if watched is not None and watched[0] == scorer_name:
+            scorer = watched[1]
+        else:
+            scorer = self.make_scorer(scorer_name)
+            self._watched = watched
+            if scorer.needs & WHILE_READING:
+                self.read_again(scorer, progress=progress)
         if "replay_queries" in scorer.needs:
             self.replay(scorer, chunk_len, merge_short=not faithful, local=local, progress=progress)
         if "keys" in scorer.needs:
-            for index, layer in enumerate(full_layers):
+            for index, layer in enumerate(self.engine.geometry.full_layers):
                 keys, values = self.cache.layers[layer].read(slice(self.prefix_ids.numel(), self.length))
                 scorer.read(index, keys[0], values[0])
         return scorer.scores()
 
     @torch.inference_mode()
+    def read_again(self, scorer: BaseScorer, block_len: int = PREFILL_BLOCK, *, progress: Progress = silent) -> None:
+        """Read prefix and context once more while `scorer` watches; the cache stays as it is."""
+        with self.cache.read_again():
+            self.cache.set_watch(self._watch(scorer, last=self.engine.geometry.full_layers[-1]))
+            try:
+                self._read(0, block_len, "score", progress)
+            finally:
+                self.cache.set_watch(None)
+
+    @torch.inference_mode()
     def replay(
         self,
-        scorer: Scorer,
+        scorer: BaseScorer,
         chunk_len: int = CHUNK_LEN,
         *,
         merge_short: bool = True,
@@ -150,19 +223,25 @@ class FullContext:
         progress: Progress = silent,
     ) -> None:
         """Let the model repeat the context chunk by chunk while `scorer` watches."""
-        full_layers, prefix_len = self.engine.geometry.full_layers, self.prefix_ids.numel()
-        total = self.context_ids.numel()
+        model, geometry, prefix_len = self.engine.model, self.engine.geometry, self.prefix_ids.numel()
+        full_layers, total = geometry.full_layers, self.context_ids.numel()
         progress("score", 0, total)
+        with ExitStack() as stack:
+            norms: dict[int, Tensor] = {}
+            weights: dict[int, Tensor] = {}
+            if "hidden_states" in scorer.needs:
+                norms, weights = stack.enter_context(input_norms(model, geometry)), output_weights(model, geometry)
 
-        def observe(layer: int, seen: Observation) -> None:
-            index = full_layers.index(layer)
-            scorer.observe(index, seen)
-            done = (seen.chunk.stop - seen.chunk.start) * (index + 1) // len(full_layers)
-            progress("score", seen.chunk.start + done, total)
+            def observe(layer: int, seen: Observation) -> None:
+                index = full_layers.index(layer)
+                extra = replace(seen, input_norms=norms.get(layer), output_weights=weights.get(layer))
+                scorer.observe(index, extra)
+                done = (seen.chunk.stop - seen.chunk.start) * (index + 1) // len(full_layers)
+                progress("score", seen.chunk.start + done, total)
 
-        for chunk, ids in self._replays(chunk_slices(total, chunk_len, merge_short=merge_short)):
-            start, end = prefix_len + chunk.start, prefix_len + chunk.stop
-            replay(self.engine.model, ids, self.cache, Replay(prefix_len, start, end, observe, full_layers[-1], local))
+            for chunk, ids in self._replays(chunk_slices(total, chunk_len, merge_short=merge_short)):
+                start, end = prefix_len + chunk.start, prefix_len + chunk.stop
+                replay(model, ids, self.cache, Replay(prefix_len, start, end, observe, full_layers[-1], local))
 
     def _replays(self, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk with the ids that repeat it: prompt, bridge, end of turn, the chunk itself."""
@@ -224,7 +303,7 @@ def select(
     """The keep mask of `num_pairs` pairs by the budget of `method`; the official threshold rule if `faithful`."""
     if faithful:
         return Selection(select_above(scores, num_pairs / scores.numel()), None)
-    mask = method.budget_kind.select(scores, num_pairs)
+    mask = method.budget_kind(scores, num_pairs, dict(method.budget.options))
     return Selection(mask, pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None)
 
 

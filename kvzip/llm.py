@@ -46,12 +46,16 @@ from kvzip.hf.template import Template, make_template
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
+from kvzip.parts import Part
 from kvzip.progress import Progress, silent
 from kvzip.session import Session
 
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+Texts = tuple[str | None, str | None, str | None]  # system prompt, instruction, name of the source
 
 
 class LLM:
@@ -126,7 +130,8 @@ class LLM:
         """
         chosen = CompressOptions(keep_ratio=keep_ratio, **options)
         started = time.perf_counter()
-        full = self.prefill(text, system=system, instruction=instruction, source=source, progress=progress)
+        texts, scorer = (system, instruction, source), parse_method(chosen.method).scorer
+        full = self._prefill(text, texts, progress, None if chosen.keep_ratio == 1 else scorer)
         return full.compress(chosen, progress=progress, release=True, started=started)
 
     def prefill(
@@ -138,12 +143,25 @@ class LLM:
         source: str | None = None,
         progress: Progress = silent,
     ) -> Prefilled:
-        """Read `text` once; the result can be compressed at several keep ratios and by several methods."""
+        """Read `text` once; the result can be compressed at several keep ratios and by several methods.
+
+        A method that scores by the queries of the text itself has it read once more: `compress` alone need not.
+        """
+        return self._prefill(text, (system, instruction, source), progress)
+
+    def _prefill(
+        self,
+        text: str,
+        texts: Texts,
+        progress: Progress,
+        scorer: Part | None = None,
+    ) -> Prefilled:
+        """scorer: may watch while the text is read."""
         if not isinstance(text, str) or not text.strip():
             raise InputError("the context is empty: give a text of at least one word")
         reset_peak_rss()
-        prefix_ids = torch.tensor(self.prefix_ids(system, instruction), dtype=torch.int64)
-        return Prefilled(self, prefix_ids, self.tokenize(text), (system, instruction, source), progress)
+        prefix_ids = torch.tensor(self.prefix_ids(*texts[:2]), dtype=torch.int64)
+        return Prefilled(self, prefix_ids, self.tokenize(text), texts, progress, scorer)
 
     def open(self, path: str | Path) -> CompressedContext:
         """The context saved at `path`, memory-mapped.
@@ -187,13 +205,14 @@ class Prefilled:
         llm: LLM,
         prefix_ids: Tensor,
         context_ids: Tensor,
-        texts: tuple[str | None, str | None, str | None],
+        texts: Texts,
         progress: Progress,
+        scorer: Part | None = None,
     ) -> None:
         self.llm, self.texts = llm, texts
         self._full = FullContext(llm.engine(), prefix_ids, context_ids)
         self._chunk_len(CHUNK_LEN)  # refuse before reading
-        self._full.prefill(progress=progress)
+        self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer))
         self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
 
     def compress(
@@ -245,21 +264,21 @@ class Prefilled:
         return select(scores, method, num_pairs, faithful=options.faithful), score_s
 
     def _scored(self, method: Method, options: CompressOptions, progress: Progress) -> tuple[Tensor, float]:
-        key = (method.scorer, options.chunk_len, options.faithful, self._is_local(options))
+        key = (str(method.scorer), options.chunk_len, options.faithful, self._is_local(options))
         if key not in self._scores:
-            started = time.perf_counter()
+            started, watch_s = time.perf_counter(), self._full.watched_s(str(method.scorer))
             scores = self._score(method, options, progress)
-            self._scores[key] = scores, time.perf_counter() - started
+            self._scores[key] = scores, time.perf_counter() - started + watch_s
         return self._scores[key]
 
     def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
         context_len, full_layers = self._full.context_ids.numel(), self.llm.geometry.full_layers
-        if method.scorer == "head-profile":
+        if "head_profile" in method.needs:
             num_kv_heads = self.llm.geometry.layers[full_layers[0]].num_kv_heads
             heads = load_head_profile(self.llm.fingerprint, (len(full_layers), num_kv_heads))
             return heads.unsqueeze(-1).expand(-1, -1, context_len)
         return self._full.score(
-            f"{method.scorer}-faithful" if options.faithful else method.scorer,
+            f"{method.scorer.name}-faithful" if options.faithful else str(method.scorer),
             self._chunk_len(options.chunk_len),
             faithful=options.faithful,
             local=self._is_local(options),
@@ -276,7 +295,7 @@ class Prefilled:
 
     def _variant(self, options: CompressOptions, method: Method) -> str:
         """What else decided the scores, as it stands behind the name of the method."""
-        local = method.scorer == "reconstruction" and self._is_local(options)
+        local = "replay_queries" in method.needs and self._is_local(options)
         return ("+faithful" if options.faithful else "") + ("+local-replay" if local else "")
 
     def _info(self, options: CompressOptions, method: Method, mask: Tensor, score_s: float) -> ContextInfo:

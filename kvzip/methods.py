@@ -1,59 +1,130 @@
-"""A method is a composition, named by a string: scorer + budget."""
+"""A method is a composition, named by a string: scorer + budget, each with its options."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kvzip.budget import BUDGET_KINDS, BudgetKind, get_budget_kind
 from kvzip.errors import UnknownNameError
+from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
+from kvzip.scorers import SCORERS, scorer_class
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A composition that the literature knows by a name."""
+
+    composition: str
+    help: str
+    source: str
+
 
 ALIASES = {
-    "kvzip": "reconstruction+global",
-    "kvzip-head": "head-profile+head",
-    "l2-norm": "key-norm+uniform",
-    "streaming-llm": "sinks-recent+uniform",
-}
-SCORER_HELP = {
-    "reconstruction": "largest attention a pair gets while the model repeats the context (arXiv 2505.23416)",
-    "key-norm": "a small norm of the key (arXiv 2406.11430)",
-    "sinks-recent": "the first four tokens and the last ones (StreamingLLM, arXiv 2309.17453)",
-    "random": "chance, the same for the same shape",
-    "head-profile": "one score a head, computed once per model by `kvzip profile-heads`",
+    "adakv": Alias(
+        "window+adakv", "SnapKV's scores; heads of a layer compete, none is left bare", "Ada-KV, arXiv 2407.11550"
+    ),
+    "expected-attention": Alias(
+        "expected:epsilon=0.01+adakv",
+        "what future queries are expected to look at, times the size of the value",
+        "Expected Attention, arXiv 2510.00636",
+    ),
+    "h2o": Alias("accumulated+uniform", "what got most attention in sum, and the last tokens", "H2O, arXiv 2306.14048"),
+    "kvzip": Alias(
+        "reconstruction+global", "what the model needs to repeat the text (the default)", "KVzip, arXiv 2505.23416"
+    ),
+    "kvzip-head": Alias("head-profile+head", "whole heads, by a profile of the model", "KVzip, arXiv 2505.23416"),
+    "kvzip-plus": Alias(
+        "reconstruction-plus+global", "kvzip, times what a pair adds to the stream", "KVzip+, arXiv 2601.07891"
+    ),
+    "l2-norm": Alias("key-norm+uniform", "small key norms", "L2-norm, arXiv 2406.11430"),
+    "pyramidkv": Alias(
+        "window:window_size=8+pyramid", "SnapKV's scores; lower layers keep more", "PyramidKV, arXiv 2406.02069"
+    ),
+    "snapkv": Alias("window+uniform", "what the last tokens look at, and its neighbours", "SnapKV, arXiv 2404.14469"),
+    "streaming-llm": Alias("sinks-recent+uniform", "the first and the last tokens", "StreamingLLM, arXiv 2309.17453"),
+    "tova": Alias("last-query+uniform", "what the last token looks at", "TOVA, arXiv 2401.06104"),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """A parsed method.  name: as the user wrote it.  scorer, budget: names of the parts."""
+    """A parsed method.  name: as the user wrote it.  scorer, budget: the parts."""
 
     name: str
-    scorer: str
-    budget: str
+    scorer: Part
+    budget: Part
 
     @property
     def budget_kind(self) -> BudgetKind:
-        return get_budget_kind(self.budget)
+        return get_budget_kind(self.budget.name)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its scorer is to be shown: names of `kvzip.scorers.base.NEEDS`."""
+        return scorer_class(self.scorer.name).needs
 
     @property
     def composition(self) -> str:
-        """The canonical name: all parts spelled out."""
+        """The canonical name: all parts spelled out, with the options that differ from their defaults."""
         return f"{self.scorer}+{self.budget}"
 
 
 def parse_method(text: str) -> Method:
-    """`kvzip`, `kvzip+uniform`, `reconstruction+layer`: names joined by `+`; a later part replaces an earlier one.
+    """`kvzip`, `snapkv:window_size=64,kernel_size=5`, `window+pyramid:beta=10`: parts joined by `+`.
 
-    Raises UnknownNameError with the nearest name.
+    An alias stands for its parts, and its options go to the part that has them; a later part replaces an earlier one;
+    a name that is an alias and a budget (`adakv`) is the budget beside other parts.  Without a budget: `global`.
+    Raises UnknownNameError with the nearest name, or InputError for an option that can't be.
     """
-    parts: dict[str, str] = {"budget": "global"}
-    for name in "+".join(ALIASES.get(part.strip(), part.strip()) for part in text.split("+")).split("+"):
-        if name in SCORER_HELP:
-            parts["scorer"] = name
-        elif name in BUDGET_KINDS:
-            parts["budget"] = name
-        else:
-            raise UnknownNameError.of("method", name, [*ALIASES, *SCORER_HELP, *BUDGET_KINDS])
-    scorer = get_budget_kind(parts["budget"]).scorer or parts.get("scorer")
+    chosen: dict[str, Part] = {"budget": Part("global")}
+    words = text.split("+")
+    for word in words:
+        for name, given in _expand(word, alone=len(words) == 1):
+            slot, function = _find(name)
+            chosen[slot] = make_part(name, function, given)
+    own = get_budget_kind(chosen["budget"].name).scorer
+    scorer = Part(own) if own else chosen.get("scorer")
     if scorer is None:
-        raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORER_HELP)} before the budget")
-    return Method(text, scorer, parts["budget"])
+        raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before the budget")
+    return Method(text, scorer, chosen["budget"])
+
+
+def split_methods(text: str) -> tuple[str, ...]:
+    """Methods joined by commas, as `h2o,snapkv:window_size=64,kernel_size=5`: an `option=` goes on with its method."""
+    return tuple(word.strip() for word in re.split(r",(?!\s*\w+=)", text) if word.strip())
+
+
+def all_options(name: str) -> dict[str, Option]:
+    """The options of a method's name or of a part's, with the defaults that hold there. Raises UnknownNameError."""
+    found: dict[str, Option] = {}
+    for part, given in _expand(name, alone=True):
+        for option in options_of(_find(part)[1]).values():
+            own = option.read(part, given[option.name]) if option.name in given else option.default
+            found[option.name] = replace(option, default=own)
+    return found
+
+
+def _expand(word: str, alone: bool) -> list[tuple[str, dict[str, str]]]:
+    """The parts that a word stands for, with their options as text."""
+    name, given = split_part(word)
+    if name not in ALIASES or (name in BUDGET_KINDS and not alone):
+        return [(name, given)]
+    parts = [split_part(part) for part in ALIASES[name].composition.split("+")]
+    homes = {option: options for part, options in parts for option in options_of(_find(part)[1])}
+    for option, value in given.items():
+        if option not in homes:
+            raise unknown_option(name, option, homes)
+        homes[option][option] = value
+    return parts
+
+
+def _find(name: str) -> tuple[str, Callable[..., Any]]:
+    """Which slot a part fills, and what declares its options. Raises UnknownNameError."""
+    if name in SCORERS:
+        return "scorer", scorer_class(name)
+    if name in BUDGET_KINDS:
+        return "budget", BUDGET_KINDS[name].select
+    raise UnknownNameError.of("method", name, {*ALIASES, *SCORERS, *BUDGET_KINDS})

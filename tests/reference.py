@@ -125,7 +125,68 @@ class Reference:
             )
         return torch.cat(rows, dim=-1)
 
+    @torch.inference_mode()
+    def weights(
+        self, ids: Tensor, full_layers: tuple[int, ...], scale_of, softcap: float | None = None
+    ) -> dict[int, Tensor]:
+        """[Hq, T, T] a layer: the causal attention of `ids` [T] to themselves, all at once."""
+        self.model(ids[None], past_key_values=DynamicCache(), logits_to_keep=1)
+        found = {}
+        for layer in full_layers:
+            query, keys = (t[0].float() for t in STATE.seen[layer])
+            logits = query @ keys.repeat_interleave(len(query) // len(keys), 0).transpose(1, 2) * scale_of(layer)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+            found[layer] = torch.softmax(logits.masked_fill(future, -torch.inf), dim=-1)
+        return found
+
+    @torch.inference_mode()
+    def plus_scores(
+        self,
+        prefix: Tensor,
+        context: Tensor,
+        replays: list[tuple[slice, Tensor]],
+        full_layers: tuple[int, ...],
+        scale_of,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """[Lf, Hkv, S] of KVzip+: weights times |W_O v| of each query head, over |h| of each query, then the largest."""
+        inputs, rows = {}, []
+        modules = {m.layer_idx: m for m in self.model.modules() if hasattr(m, "o_proj")}
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, layer=layer: inputs.update({layer: kwargs["hidden_states"][0]}),
+                with_kwargs=True,
+            )
+            for layer, module in modules.items()
+        ]
+        for chunk, ids in replays:
+            cache = self._read(torch.cat([prefix, context]))
+            self.model(ids[None], past_key_values=cache, logits_to_keep=1)
+            kept = []
+            for layer in full_layers:
+                weights = self._chunk_weights(layer, len(prefix), chunk, len(ids), scale_of, softcap)  # [Hq, T, m]
+                values = cache.layers[layer].values[0, :, len(prefix) + chunk.start : len(prefix) + chunk.stop]
+                head_dim, groups = values.shape[-1], len(weights) // len(values)
+                out = modules[layer].o_proj.weight
+                norms = [
+                    (values[h // groups] @ out[:, h * head_dim : (h + 1) * head_dim].T).norm(dim=-1)
+                    for h in range(len(weights))
+                ]
+                scaled = weights * torch.stack(norms).unsqueeze(1) / inputs[layer].norm(dim=-1)[None, :, None]
+                kept.append(scaled.reshape(len(values), -1, scaled.shape[-1]).amax(dim=1))
+            cache.crop(-len(ids))
+            rows.append(torch.stack(kept))
+        for handle in handles:
+            handle.remove()
+        return torch.cat(rows, dim=-1)
+
     def _chunk_scores(self, layer, prefix_len, chunk, q_len, scale_of, softcap) -> Tensor:
+        weights = self._chunk_weights(layer, prefix_len, chunk, q_len, scale_of, softcap)
+        return weights.amax(dim=1).reshape(STATE.seen[layer][1].shape[1], -1, weights.shape[-1]).amax(dim=1)
+
+    def _chunk_weights(self, layer, prefix_len, chunk, q_len, scale_of, softcap) -> Tensor:
         query, keys = (t[0].float() for t in STATE.seen[layer])
         picked = torch.cat(
             [
@@ -142,8 +203,7 @@ class Reference:
             logits = softcap * torch.tanh(logits / softcap)
         future = torch.ones(q_len, q_len, dtype=torch.bool).triu(1)
         logits[..., -q_len:] = logits[..., -q_len:].masked_fill(future, -torch.inf)
-        weights = torch.softmax(logits, dim=-1)[..., prefix_len:-q_len]  # [Hq, T, m]
-        return weights.amax(dim=1).reshape(keys.shape[0], groups, -1).amax(dim=1)
+        return torch.softmax(logits, dim=-1)[..., prefix_len:-q_len]  # [Hq, T, m]
 
 
 class Unwrapped:

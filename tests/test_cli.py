@@ -207,7 +207,7 @@ def test_help_is_quick_and_light(tmp_path):
     used = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
     assert done.returncode == 0
     assert used < 0.4, f"{used:.2f} s of processor time"
-    for name in ("demo", "compress", "ask", "chat", "inspect", "models", "profile-heads"):
+    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "profile-heads"):
         assert re.search(rf"^  {name} .*\.$", done.stdout, re.MULTILINE), name  # with its whole line of help
 
 
@@ -228,7 +228,7 @@ def test_version(tmp_path):
     assert run("--version", cwd=tmp_path).stdout == f"kvzip {kvzip.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["demo", "compress", "ask", "chat", "inspect", "models", "profile-heads"])
+@pytest.mark.parametrize("name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "profile-heads"])
 def test_every_command_shows_examples(name, tmp_path):
     done = run(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -520,6 +520,19 @@ def test_models_lists_and_pulls(tmp_path, monkeypatch, capsys):
     assert "smollm2-135m" in call(monkeypatch, capsys, tmp_path, "models")[1]
     code, _, err = call(monkeypatch, capsys, tmp_path, "models", "pull", "smolm2")
     assert code == 1 and "did you mean 'smollm2-135m'" in err
+
+
+def test_methods_are_listed_with_needs_and_options(tmp_path, monkeypatch, capsys):
+    rows = json.loads(call(monkeypatch, capsys, tmp_path, "methods", "--json")[1])
+    found = {(row["kind"], row["name"]): row for row in rows}
+    assert len(found) == len(rows) and {row["kind"] for row in rows} == {"method", "scorer", "budget"}
+    pyramid = found["method", "pyramidkv"]
+    assert pyramid["composition"] == "window:window_size=8+pyramid" and pyramid["needs"] == ["window_queries"]
+    assert pyramid["options"]["window_size"]["default"] == "8" and pyramid["options"]["beta"]["default"] == "20"
+    assert found["method", "kvzip"]["query_agnostic"] and not found["method", "snapkv"]["query_agnostic"]
+    assert all(row["description"] and row["source"] for row in rows)
+    code, shown, _ = call(monkeypatch, capsys, tmp_path, "methods")
+    assert code == 0 and all(row["name"] in shown for row in rows)
 
 
 def test_profile_heads_serves_the_head_method(tiny, tmp_path, monkeypatch, capsys):

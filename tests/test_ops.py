@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,6 +82,32 @@ def test_column_max_equals_softmax_then_max(seed: int, groups: int, q_len: int, 
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@given(SEEDS, st.integers(1, 3), SIZES, st.integers(0, 9), st.integers(1, 40), st.booleans())
+def test_causal_columns_equal_softmax_then_reduce(
+    seed: int, groups: int, q_len: int, before: int, block: int, capped: bool
+) -> None:
+    query, keys, softcap = random(seed, 2 * groups, q_len, 8), random(seed + 1, 2, q_len + before, 8), None
+    logits = query.reshape(2, groups, q_len, 8) @ keys.unsqueeze(1).transpose(2, 3) * 0.4
+    if capped:
+        softcap, logits = 2.0, 2 * torch.tanh(logits / 2)
+    logits = logits.masked_fill(~torch.ones(q_len, q_len + before, dtype=torch.bool).tril(before), -math.inf)
+    lse, weights = torch.logsumexp(logits, -1).reshape(2 * groups, q_len), torch.softmax(logits, -1)
+    options = {"scale": 0.4, "softcap": softcap, "block_logits": block}
+    total = attention.causal_columns(query, keys, lse, **options)
+    torch.testing.assert_close(total, weights.sum(dim=(1, 2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(total.sum(-1), torch.full((2,), float(groups * q_len)), atol=1e-4, rtol=1e-4)
+    largest = attention.causal_columns(query, keys, lse, reduce="max", **options)
+    torch.testing.assert_close(largest, weights.amax(dim=(1, 2)), atol=1e-5, rtol=1e-4)
+
+
+def test_a_key_that_nobody_looks_at_has_no_weight() -> None:
+    keys = random(0, 1, 6, 8)
+    keys[0, 2] = -1000 * torch.ones(8)
+    query = torch.ones(1, 6, 8)
+    lse = torch.logsumexp((query @ keys.transpose(1, 2)).masked_fill(~torch.ones(6, 6).tril().bool(), -math.inf), -1)
+    assert attention.causal_columns(query, keys, lse, scale=1.0)[0, 2] == 0
+
+
 @given(SEEDS, st.integers(-5000, 5000), st.integers(0, 5000), st.sampled_from([8, 6]))
 def test_shifting_a_rotated_key_is_rotating_it_elsewhere(seed: int, offset: int, position: int, rotary: int) -> None:
     inv_freq = 1.0 / 100 ** (torch.arange(0, rotary, 2).double() / rotary)
@@ -118,6 +145,83 @@ def test_selections_keep_exact_counts(seed: int, layers: int, heads: int, length
     assert per_head.sum() == budget and per_head.max() - per_head.min() <= 1
     whole = selection.select_heads(scores, budget).sum(dim=2)
     assert set(whole.flatten().tolist()) <= {0, length} and whole.sum() > 0
+
+
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 12))
+
+
+@given(SEEDS, SHAPES, st.floats(0, 1), st.data())
+def test_adakv_is_exact_and_leaves_no_head_bare(seed: int, shape: tuple, alpha: float, data: st.DataObject) -> None:
+    scores, (layers, heads, length) = random(seed, *shape).round(decimals=1), shape
+    budget = data.draw(st.integers(1, scores.numel()))
+    mask = selection.select_adakv(scores, budget, alpha=alpha)
+    assert mask.sum() == budget
+    assert torch.equal(selection.select_adakv(scores, budget, alpha=0), selection.select_layer(scores, budget))
+    for layer, count in zip(mask, selection.split_evenly(budget, layers), strict=True):
+        assert layer.sum() == count and layer.sum(-1).min() >= math.floor(alpha * (count // heads) * (1 - 1e-9))
+    each = data.draw(st.integers(0, length))
+    even = each * layers * heads
+    assert torch.equal(selection.select_adakv(scores, even, alpha=1), selection.select_uniform(scores, even))
+
+
+@given(SEEDS, SHAPES, st.floats(0, 1), st.data())
+def test_adakv_keeps_the_best_of_each_head(seed: int, shape: tuple, alpha: float, data: st.DataObject) -> None:
+    scores = random(seed, *shape)
+    mask = selection.select_adakv(scores, data.draw(st.integers(1, scores.numel())), alpha=alpha)
+    for row, kept in zip(scores.flatten(0, 1), mask.flatten(0, 1), strict=True):
+        assert kept.all() or not kept.any() or row[kept].min() >= row[~kept].max()
+
+
+@given(st.integers(0, 2000), st.integers(1, 40), st.floats(1, 1e6), st.data())
+def test_pyramids_are_exact_and_never_rise(total: int, layers: int, beta: float, data: st.DataObject) -> None:
+    least = -(-total // layers)
+    capacity = data.draw(st.integers(max(1, least), 3 * least + 1))
+    counts = selection.pyramid_counts(total, layers, capacity, beta)
+    assert sum(counts) == total and len(counts) == layers
+    assert all(a >= b for a, b in pairwise(counts))
+    assert counts[-1] >= 0 and counts[0] <= capacity
+    flat = selection.pyramid_counts(total, layers, capacity, 1)
+    assert max(flat) - min(flat) <= 1
+    assert selection.pyramid_counts(layers * capacity, layers, capacity, beta) == [capacity] * layers
+
+
+def test_a_pyramid_is_the_line_of_the_paper() -> None:
+    """32 layers, a mean of 2040 pairs, beta 20: from 2 * 2040 - 102 down to 102."""
+    counts = selection.pyramid_counts(32 * 2040, 32, 10**6, 20)
+    for layer, count in enumerate(counts):
+        assert abs(count - (3978 - (3978 - 102) * layer / 31)) <= 1
+
+
+@given(SEEDS, SHAPES, st.integers(0, 3), st.data())
+def test_pinned_pairs_count_and_come_first(seed: int, shape: tuple, pinned: int, data: st.DataObject) -> None:
+    scores, pinned = random(seed, *shape), min(pinned, shape[2])
+    selection.pin_last(scores, pinned)
+    budget = data.draw(st.integers(1, scores.numel()))
+    for select in (selection.select_uniform, selection.select_pyramid, selection.select_adakv):
+        mask = select(scores, budget)
+        assert mask.sum() == budget
+        if budget >= pinned * shape[0] * shape[1] and select is not selection.select_adakv:
+            assert mask[..., shape[2] - pinned :].all()
+    each = data.draw(st.integers(pinned, shape[2]))
+    even = each * shape[0] * shape[1]
+    flat = selection.select_pyramid(scores, even, beta=1)
+    assert torch.equal(flat, selection.select_uniform(scores, even))
+
+
+def test_the_last_pinned_pair_and_the_first_sink_are_kept_longest() -> None:
+    scores = selection.pin_first(selection.pin_last(torch.zeros(1, 1, 10), 3), 2)
+    order = scores[0, 0].argsort(descending=True, stable=True).tolist()
+    assert order[:5] == [0, 1, 9, 8, 7]
+
+
+def test_layers_that_are_pinned_throughout_leave_the_rest_to_the_others() -> None:
+    scores = torch.zeros(3, 2, 4)
+    scores[1] = selection.PINNED
+    pinned, rest = selection.keep_pinned_layers(scores, 13)
+    assert pinned.tolist() == [False, True, False] and rest == 5
+    for budget in (7, 8):
+        with pytest.raises(BudgetError, match="keep more"):
+            selection.keep_pinned_layers(scores, budget)
 
 
 def test_the_official_rule_keeps_strictly_more_than_its_threshold() -> None:

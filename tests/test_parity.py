@@ -33,7 +33,7 @@ def full(llm: kvzip.LLM) -> kvzip.Prefilled:
 
 
 def few_sinks(context: FullContext, shape: torch.Size, chunk_len: int) -> torch.Tensor:
-    scorer = FewSinksScorer(*shape)
+    scorer = FewSinksScorer(shape)
     context.replay(scorer, chunk_len, merge_short=False)
     return scorer.scores()
 
@@ -102,7 +102,7 @@ def test_a_short_last_chunk_alone_has_higher_scores(full: kvzip.Prefilled) -> No
     context, shape = full._full, full.scores(parse_method("kvzip")).shape
     chunk_len = shape[2] * 3 // 7  # two chunks, and a third of one
     assert len(chunk_slices(shape[2], chunk_len, merge_short=False)) == len(chunk_slices(shape[2], chunk_len)) + 1
-    alone, merged = few_sinks(context, shape, chunk_len), FewSinksScorer(*shape)
+    alone, merged = few_sinks(context, shape, chunk_len), FewSinksScorer(shape)
     context.replay(merged, chunk_len, merge_short=True)
     last = slice(2 * chunk_len, None)
     assert alone[..., last].mean() > merged.scores()[..., last].mean()

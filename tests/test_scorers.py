@@ -8,7 +8,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.methods import parse_method
-from kvzip.scorers.baseline import NUM_SINKS
+
+NUM_SINKS = 4
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 6
 

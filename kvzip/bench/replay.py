@@ -15,7 +15,7 @@ from kvzip.llm import LLM, Prefilled
 from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
 from kvzip.scorers import get_scorer
-from kvzip.scorers.base import Observation, Scorer
+from kvzip.scorers.base import BaseScorer, Observation
 
 NUM_QUESTIONS = 8
 KEEP_RATIOS = (0.3, 0.5)
@@ -89,17 +89,17 @@ def _baseline(
     }
 
 
-class TimedScorer:
-    """A scorer, and the seconds that it took."""
+class TimedScorer(BaseScorer):
+    """A scorer of replays, and the seconds that it took."""
 
-    def __init__(self, scorer: Scorer, device: torch.device) -> None:
-        self.scorer, self.device, self.needs, self.seconds = scorer, device, scorer.needs, 0.0
+    needs = frozenset({"replay_queries"})
+
+    def __init__(self, scorer: BaseScorer, device: torch.device) -> None:
+        super().__init__(scorer.shape)
+        self.scorer, self.device, self.seconds = scorer, device, 0.0
 
     def observe(self, layer: int, observation: Observation) -> None:
         self.seconds += timed(lambda: self.scorer.observe(layer, observation), self.device)[0]
-
-    def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Nothing but the replay is timed."""
 
     def scores(self) -> Tensor:
         return self.scorer.scores()

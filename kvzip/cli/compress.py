@@ -45,7 +45,10 @@ def compress(
         str | None, typer.Option(metavar="AMOUNT", help="Instead: KV pairs as 100000, or bytes as 64MiB.")
     ] = None,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="How to choose the pairs.", autocompletion=complete_method)
+        str,
+        typer.Option(
+            metavar="NAME", help="A name of `kvzip methods`: how to choose the pairs.", autocompletion=complete_method
+        ),
     ] = "kvzip",
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FILE.kvz", help="Default: FILE's name, in this folder.")

@@ -80,10 +80,11 @@ def eval_(
 
         start(bars)
         from kvzip.eval.settings import MODES, EvalSettings
+        from kvzip.methods import split_methods
 
         names = _names(tasks)
         settings = EvalSettings(
-            names, _names(methods), ratios, context_len, limit, seed, _files(data or [], names), questions,
+            names, split_methods(methods), ratios, context_len, limit, seed, _files(data or [], names), questions,
             MODES[multi_turn], max_questions, reconstruction,
         )  # fmt: skip
         llm = load_llm(model, bars, dtype=dtype, device=device)

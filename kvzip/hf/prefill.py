@@ -1,13 +1,15 @@
 """The full cache while a context is read and replayed: dense buffers filled once, in place.
 
 Prefill appends blocks. Replay attends to everything that was read, keeps nothing of what it adds, and shows an
-observer the queries that attended. Positions are the true ones and are always passed to the model; to transformers the
-cache looks empty, so its masks cover the new tokens alone.
+observer the queries that attended. What reads can be watched too, at once or by reading again over what is stored.
+Positions are the true ones and are always passed to the model; to transformers the cache looks empty, so its masks
+cover the new tokens alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from kvzip.backends import Backend
 from kvzip.hf.geometry import Geometry, LayerGeometry
 from kvzip.hf.seam import Call, DenseView, SlidingView, View
 from kvzip.ops.attention import merge
-from kvzip.scorers.base import Observation
+from kvzip.scorers.base import Observation, Reading
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,49 @@ class Replay:
     local: bool = False
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who watches while a context is read, and from where on.
+
+    start: position of the first token whose queries are shown.  observe: called once a full-attention layer and block.
+    last: where the text is read again, the last layer that is watched; what comes after its attention is not computed.
+    """
+
+    prefix_len: int
+    start: int
+    observe: Callable[[int, Reading], None]
+    last: int | None = None
+
+
 class _AllObserved(Exception):
-    """Ends a replay in the middle of the model: nothing after this point is needed."""
+    """Ends a pass in the middle of the model: nothing after this point is needed."""
+
+
+class WatchedView(DenseView):
+    """A block of the context behind what was read before it, shown to whoever watches."""
+
+    def __init__(self, backend: Backend, tail: tuple[Tensor, Tensor], layer: PrefillLayer, watch: Watch) -> None:
+        end = layer.length
+        super().__init__(backend, *tail, *layer.read(slice(0, end - tail[0].shape[2])))
+        self.layer, self.watch, self.seen = layer, watch, layer.read(slice(0, end))[0][0]
+
+    def attend(self, query: Tensor, call: Call) -> Tensor:
+        out, lse = self.merged(query, call, *self.attend_tail(query, call))
+        skip = max(0, self.watch.start - (self.seen.shape[1] - query.shape[2]))
+        if skip < query.shape[2]:
+            reading = Reading(
+                query=query[0, :, skip:],
+                keys=self.seen,
+                lse=lse[0, :, skip:],
+                prefix_len=self.watch.prefix_len,
+                scale=call.scale,
+                softcap=call.softcap,
+                inv_freq=self.layer.geometry.inv_freq,
+            )
+            self.watch.observe(self.layer.index, reading)
+        if self.layer.index == self.watch.last:
+            raise _AllObserved
+        return out
 
 
 class ReplayView(View):
@@ -83,6 +126,7 @@ class ReplayView(View):
             scale=call.scale,
             softcap=call.softcap,
             chunk=slice(rp.start - rp.prefix_len, rp.end - rp.prefix_len),
+            chunk_values=self.layer.read(slice(rp.start, rp.end))[1][0],
         )
         rp.observe(self.layer.index, observation)
 
@@ -97,7 +141,9 @@ class PrefillLayer(CacheLayerMixin):
         super().__init__()
         self.index, self.geometry, self.capacity, self.backend = index, geometry, capacity, backend
         self.length = 0
+        self.is_read_again = False
         self.replay: Replay | None = None
+        self.watch: Watch | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, num_kv_heads, _, head_dim = key_states.shape
@@ -110,8 +156,12 @@ class PrefillLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
         if self.replay is not None:
             view: View = ReplayView(self.backend, (key_states, value_states), self, self.replay)
+            return view, view
+        before = self._append(key_states, value_states)
+        if self.watch is not None:
+            view = WatchedView(self.backend, (key_states, value_states), self, self.watch)
         else:
-            view = DenseView(self.backend, key_states, value_states, *self._append(key_states, value_states))
+            view = DenseView(self.backend, key_states, value_states, *before)
         return view, view
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,14 +170,19 @@ class PrefillLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         before = self.read(slice(0, self.length))
         end = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
+        if not self.is_read_again:
+            self.keys[:, :, self.length : end] = key_states
+            self.values[:, :, self.length : end] = value_states
         self.length = end
         return before
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         """Keys and values of these positions [1, Hkv, n, D], as views."""
         return self.keys[:, :, part], self.values[:, :, part]
+
+    def rewind(self) -> None:
+        """Begin to read again: what is stored stays, and is the same as what comes."""
+        self.length, self.is_read_again = 0, True
 
     def release(self) -> None:
         """Give the memory back."""
@@ -166,6 +221,10 @@ class SlidingPrefillLayer(PrefillLayer):
             self.length += key_states.shape[2]
         return view, view
 
+    def rewind(self) -> None:
+        """Begin to read again, with an empty window."""
+        self.length, self.is_initialized = 0, False
+
 
 class PrefillCache(Cache):
     """The full cache of one context, batch 1.  capacity: tokens of prefix and context."""
@@ -187,6 +246,24 @@ class PrefillCache(Cache):
         for layer in self.layers:
             layer.replay = replay
 
+    def set_watch(self, watch: Watch | None) -> None:
+        """Show the queries of what is read to `watch.observe`; None shows them to nobody."""
+        for layer in self.layers:
+            layer.watch = watch
+
+    @contextmanager
+    def read_again(self) -> Iterator[None]:
+        """Blocks that come meanwhile are read from the first token on; afterwards all is as it was."""
+        before = [(layer.keys, layer.values, layer.length) for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.rewind()
+            yield
+        finally:
+            for layer, (keys, values, length) in zip(self.layers, before, strict=True):
+                layer.keys, layer.values, layer.length = keys, values, length
+                layer.is_initialized, layer.is_read_again = True, False
+
 
 def replay(model: PreTrainedModel, ids: Tensor, cache: PrefillCache, how: Replay) -> None:
     """Run the decoder over `ids` [T] behind the whole context, up to the last layer that is observed."""
@@ -197,6 +274,12 @@ def replay(model: PreTrainedModel, ids: Tensor, cache: PrefillCache, how: Replay
         pass
     finally:
         cache.set_replay(None)
+
+
+def read_watched(model: PreTrainedModel, ids: Tensor, position: int, cache: PrefillCache) -> None:
+    """As `forward_at`, up to the last layer that is watched."""
+    with suppress(_AllObserved):
+        forward_at(model, ids, position, cache)
 
 
 def forward_at(model: PreTrainedModel, ids: Tensor, position: int, cache: Cache) -> None:

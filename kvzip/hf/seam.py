@@ -81,12 +81,16 @@ class DenseView(View):
         self.before_keys, self.before_values = before_keys, before_values
 
     def merge_before(self, query: Tensor, call: Call, out: Tensor, lse: Tensor) -> Tensor:
+        return self.merged(query, call, out, lse)[0]
+
+    def merged(self, query: Tensor, call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and log-sum-exps over all keys."""
         if self.before_keys.shape[2] == 0:
-            return out
+            return out, lse
         before = self.backend.attend(
             query, self.before_keys, self.before_values, scale=call.scale, softcap=call.softcap
         )
-        return merge(out, lse, *before)[0]
+        return merge(out, lse, *before)
 
 
 class SlidingView(View):

@@ -6,6 +6,8 @@ no faster form exists (soft cap, devices without a fused kernel). Shape letters 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -90,3 +92,40 @@ def column_max(
             logits = soft_capped(logits, softcap).sub_(row_lse[head, start : start + step])
             torch.maximum(best[head], logits.amax(dim=0), out=best[head])
     return best.exp_().clamp_max_(1.0)
+
+
+def causal_columns(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    reduce: Literal["sum", "max"] = "sum",
+    block_logits: int = 1 << 20,
+) -> Tensor:
+    """The attention weights that each key receives from the queries of its KV head, summed up or the largest of them.
+
+    query: [Hq, T, D].  keys: [Hkv, S, D], S >= T; row t sees keys up to S - T + t.  lse: [Hq, T] float32 over those.
+    block_logits: logits that exist at a time (one row of S at least).
+    Returns [Hkv, S] float32: a key that no row sees has 0.
+    """
+    num_kv_heads, kv_len, head_dim = keys.shape
+    q_len = query.shape[1]
+    rows = (query.float() * scale).reshape(num_kv_heads, -1, head_dim)
+    row_lse = lse.reshape(num_kv_heads, -1, 1)
+    last_seen = (torch.arange(rows.shape[1], device=keys.device) % q_len + kv_len - q_len).unsqueeze(1)
+    columns = torch.arange(kv_len, device=keys.device)
+    found = torch.zeros(num_kv_heads, kv_len, device=keys.device)
+    step = max(1, block_logits // max(1, kv_len))
+    for head in range(num_kv_heads):
+        transposed = keys[head].float().t()
+        for start in range(0, rows.shape[1], step):
+            part = slice(start, start + step)
+            weights = soft_capped(rows[head, part] @ transposed, softcap).sub_(row_lse[head, part]).exp_()
+            weights = weights.clamp_max_(1.0).masked_fill_(columns > last_seen[part], 0.0)
+            if reduce == "max":
+                torch.maximum(found[head], weights.amax(dim=0), out=found[head])
+            else:
+                found[head] += weights.sum(dim=0)
+    return found

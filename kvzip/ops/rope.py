@@ -17,8 +17,26 @@ def shift_keys(keys: Tensor, inv_freq: Tensor | None, offset: int) -> Tensor:
     if inv_freq is None or offset == 0:
         return keys.clone()
     angle = inv_freq.double() * offset
-    cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
-    half = inv_freq.numel()
-    first, second = keys[..., :half], keys[..., half : 2 * half]
-    turned = (first * cos - second * sin, second * cos + first * sin, keys[..., 2 * half :])
+    return turn(keys, angle.cos().to(keys.dtype), angle.sin().to(keys.dtype))
+
+
+def turn_back(rows: Tensor, inv_freq: Tensor | None, positions: Tensor) -> Tensor:
+    """Rows [..., T, D] that stood at `positions` [T], rotated, as they were before rotation."""
+    if inv_freq is None:
+        return rows
+    cos, sin = angles(inv_freq, positions)
+    return turn(rows, cos.to(rows.dtype), -sin.to(rows.dtype))
+
+
+def angles(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, R/2] float64 of the rotations at `positions` [T]."""
+    angle = positions.double().unsqueeze(-1) * inv_freq.double().to(positions.device)
+    return angle.cos(), angle.sin()
+
+
+def turn(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rows [..., D] with their first R dimensions turned in pairs (i, i + R/2).  cos, sin: broadcast to [..., R/2]."""
+    half = cos.shape[-1]
+    first, second = rows[..., :half], rows[..., half : 2 * half]
+    turned = (first * cos - second * sin, second * cos + first * sin, rows[..., 2 * half :])
     return torch.cat(turned, dim=-1)

@@ -5,21 +5,40 @@ from __future__ import annotations
 from importlib import import_module
 
 from kvzip.errors import UnknownNameError
-from kvzip.scorers.base import Scorer
+from kvzip.parts import make_part, split_part
+from kvzip.scorers.base import BaseScorer
 
 SCORERS = {
+    "accumulated": "kvzip.scorers.accumulated:AccumulatedScorer",
+    "expected": "kvzip.scorers.expected:ExpectedScorer",
+    "head-profile": "kvzip.scorers.head_profile:HeadProfileScorer",
     "key-norm": "kvzip.scorers.key_norm:KeyNormScorer",
-    "random": "kvzip.scorers.baseline:RandomScorer",
+    "last-query": "kvzip.scorers.last_query:LastQueryScorer",
+    "random": "kvzip.scorers.chance:RandomScorer",
     "reconstruction": "kvzip.scorers.reconstruction:ReconstructionScorer",
-    "reconstruction-faithful": "kvzip.scorers.reconstruction:FaithfulReconstructionScorer",
-    "sinks-recent": "kvzip.scorers.baseline:SinksRecentScorer",
+    "reconstruction-plus": "kvzip.scorers.reconstruction_plus:ReconstructionPlusScorer",
+    "sinks-recent": "kvzip.scorers.sinks_recent:SinksRecentScorer",
+    "window": "kvzip.scorers.window:WindowScorer",
 }
+FAITHFUL = {"reconstruction-faithful": "kvzip.scorers.reconstruction:FaithfulReconstructionScorer"}  # an option's
 
 
-def get_scorer(name: str, num_layers: int, num_kv_heads: int, context_len: int) -> Scorer:
-    """A new scorer of that name for a context of that shape. Raises UnknownNameError."""
-    if name not in SCORERS:
-        raise UnknownNameError.of("scorer", name, SCORERS)
-    module, cls = SCORERS[name].split(":")
-    scorer: Scorer = getattr(import_module(module), cls)(num_layers, num_kv_heads, context_len)
+def scorer_class(name: str) -> type[BaseScorer]:
+    """The class of that name. Raises UnknownNameError."""
+    known = SCORERS | FAITHFUL
+    if name not in known:
+        raise UnknownNameError.of("scorer", name, known)
+    module, cls = known[name].split(":")
+    found: type[BaseScorer] = getattr(import_module(module), cls)
+    return found
+
+
+def get_scorer(text: str, num_layers: int, num_kv_heads: int, context_len: int) -> BaseScorer:
+    """A new scorer, named with its options as in `window:window_size=64`, for a context of that shape.
+
+    Raises UnknownNameError, and InputError for options that can't be, alone or with a context that short.
+    """
+    name, given = split_part(text)
+    cls = scorer_class(name)
+    scorer: BaseScorer = make_part(name, cls, given).call(cls, (num_layers, num_kv_heads, context_len))
     return scorer

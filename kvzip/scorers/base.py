@@ -1,20 +1,35 @@
-"""What a scorer is: a pure function of observed attention; it never sees a model."""
+"""What a scorer is: a pure function of what it is shown; it never sees a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+NEEDS = {
+    "keys": "the context's keys, rotated, and its values",
+    "window_queries": "the queries of the context's last tokens while it is read",
+    "prefill_queries": "the queries of all of the context's tokens while it is read",
+    "replay_queries": "the queries of the model while it repeats the context, chunk by chunk",
+    "hidden_states": "with replay_queries: norms of the attention's inputs, and its output projection",
+    "head_profile": "one score a KV head, made once per model by `kvzip profile-heads`",
+}
+WHILE_READING = frozenset({"window_queries", "prefill_queries"})
+
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Observation:
     """One full-attention layer while one chunk of the context is replayed (batch 1, rotated queries and keys).
 
-    query: [Hq, T, D].  prefix_keys: [Hkv, P, D].  chunk_keys: [Hkv, m, D].  replay_keys: [Hkv, T, D], causal.
-    lse: [Hq, T] float32 over prefix + chunk + replay keys.  scale, softcap: the model's own.
+    query: [Hq, T, D].  prefix_keys: [Hkv, P, D].  chunk_keys, chunk_values: [Hkv, m, D].  replay_keys: [Hkv, T, D],
+    causal.  lse: [Hq, T] float32 over prefix + chunk + replay keys.  scale, softcap: the model's own.
     chunk: which tokens of the context these are.
+    Where hidden states are needed: input_norms [T] float32, of the inputs of the layer's attention (after its input
+    norm), and output_weights [Hq, D, E], which of the output projection belongs to each query head.
     """
 
     query: Tensor
@@ -25,30 +40,66 @@ class Observation:
     scale: float
     softcap: float | None
     chunk: slice
+    chunk_values: Tensor
+    input_norms: Tensor | None = None
+    output_weights: Tensor | None = None
 
 
-class Scorer(Protocol):
-    """Collects observations and turns them into scores, higher = keep.
+@dataclass(frozen=True)
+class Reading:
+    """One full-attention layer while a block of the context is read: the model's own attention (batch 1, rotated).
 
-    needs: what to capture, names of `NEEDS`.
+    query: [Hq, T, D], of consecutive tokens of the context.  keys: [Hkv, S, D], of prefix and context up to and with
+    the last of these tokens: row t sees the first S - T + t + 1.  lse: [Hq, T] float32 over those.
+    prefix_len: tokens before the context.  scale, softcap: the model's own.  inv_freq: [R/2], its rotary frequencies.
     """
 
-    needs: frozenset[str]
+    query: Tensor
+    keys: Tensor
+    lse: Tensor
+    prefix_len: int
+    scale: float
+    softcap: float | None
+    inv_freq: Tensor | None
+
+    @property
+    def first(self) -> int:
+        """The position of the first query, counted from the first prefix token."""
+        return self.keys.shape[1] - self.query.shape[1]
+
+
+class BaseScorer:
+    """Collects what it is shown and turns it into scores, higher = keep.
+
+    needs: what to capture, names of `NEEDS`; nothing else is shown.  summary, source: for `kvzip methods`.
+    is_query_agnostic: whether the source made it for prompts without the question.  Here no scorer sees a question.
+    Options are the keyword-only parameters of `__init__` (see `kvzip.parts`).
+    shape: full-attention layers, KV heads, tokens of the context.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    is_query_agnostic: ClassVar[bool] = True
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._scores = torch.zeros(shape)
+
+    @property
+    def num_queries(self) -> int:
+        """How many of the context's last queries `watch` is shown."""
+        return self.shape[2]
+
+    def watch(self, layer: int, reading: Reading) -> None:
+        """One full-attention layer (counted among those alone) and one block, in order of the blocks."""
 
     def observe(self, layer: int, observation: Observation) -> None:
-        """One full-attention layer (counted among those alone) and one chunk, where replay queries are needed."""
-        ...
+        """One full-attention layer and one chunk, where replay queries are needed."""
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """The context's keys and values [Hkv, S, D] of one full-attention layer, where keys are needed."""
-        ...
+        """The context's keys and values [Hkv, S, D] of one full-attention layer, after all else is shown."""
 
     def scores(self) -> Tensor:
-        """[Lf, Hkv, S] float32 over the full-attention layers and the tokens of the context."""
-        ...
-
-
-NEEDS = {
-    "keys": "the context's keys, rotated, and its values",
-    "replay_queries": "the queries of the model while it repeats the context, chunk by chunk",
-}
+        """[Lf, Hkv, S] float32, no NaN.  From `selection.PINNED` on, a pair is kept before all others."""
+        return self._scores

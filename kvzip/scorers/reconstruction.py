@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvzip.ops.attention import column_max
-from kvzip.scorers.base import Observation
+from kvzip.scorers.base import BaseScorer, Observation
 
 
-class ReconstructionScorer:
+class ReconstructionScorer(BaseScorer):
     """A pair's score is the largest attention weight it gets from any query of its KV head while its chunk is repeated.
 
     The softmax runs in float32 over prefix + chunk + replay keys, with the model's own scale and soft cap; the queries
@@ -17,18 +17,11 @@ class ReconstructionScorer:
     """
 
     needs = frozenset({"replay_queries"})
-
-    def __init__(self, num_layers: int, num_kv_heads: int, context_len: int) -> None:
-        self._scores = torch.zeros(num_layers, num_kv_heads, context_len)
+    summary = "largest attention a pair gets while the model repeats the context"
+    source = "KVzip, arXiv 2505.23416"
 
     def observe(self, layer: int, observation: Observation) -> None:
         self._scores[layer, :, observation.chunk] = self._column_scores(observation).float().cpu()
-
-    def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Nothing but the replay is needed."""
-
-    def scores(self) -> Tensor:
-        return self._scores
 
     def _column_scores(self, obs: Observation) -> Tensor:
         return column_max(obs.query, obs.chunk_keys, obs.lse, scale=obs.scale, softcap=obs.softcap)
@@ -36,6 +29,8 @@ class ReconstructionScorer:
 
 class FaithfulReconstructionScorer(ReconstructionScorer):
     """The official repository's choices: softmax in the model's dtype, scale 1/sqrt(D), no soft cap, all at once."""
+
+    summary = "the same by the choices of the authors' code"
 
     def _column_scores(self, obs: Observation) -> Tensor:
         num_kv_heads, q_len, head_dim = obs.replay_keys.shape

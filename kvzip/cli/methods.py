@@ -1,0 +1,122 @@
+"""`kvzip methods`: the ways to choose what stays, by name and in parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvzip.cli.options import Json, examples
+from kvzip.cli.screen import out, print_json
+
+if TYPE_CHECKING:
+    from kvzip.parts import Option
+
+EPILOG = examples(
+    "kvzip methods",
+    "kvzip compress book.txt -m qwen2.5-coder-0.5b --method snapkv:window_size=64,kernel_size=5",
+    "kvzip compress book.txt -m qwen2.5-coder-0.5b --method window+pyramid:beta=10",
+)
+TITLES = {"method": "Method", "scorer": "Scorer", "budget": "Budget"}
+NOTES = (
+    "Write NAME, NAME:option=value,option=value, or SCORER+BUDGET; a later part replaces an earlier one: kvzip+layer.",
+    "No method sees a question here; those published with the question in view look from the end of the text instead.",
+)
+
+
+def methods(as_json: Json = False) -> None:
+    """List the methods, and the scorers and budgets that they are made of."""
+    rows = [*_aliases(), *_scorers(), *_budgets()]
+    if as_json:
+        print_json(rows)
+    else:
+        _show(rows)
+
+
+def _aliases() -> list[dict[str, Any]]:
+    from kvzip.methods import ALIASES, all_options, parse_method
+    from kvzip.scorers import scorer_class
+
+    rows = []
+    for name, alias in ALIASES.items():
+        method = parse_method(name)
+        scorer = scorer_class(method.scorer.name)
+        about = alias.help, alias.source, sorted(scorer.needs), scorer.is_query_agnostic
+        rows.append(_row("method", name, method.composition, *about, all_options(name)))
+    return rows
+
+
+def _scorers() -> list[dict[str, Any]]:
+    from kvzip.parts import options_of
+    from kvzip.scorers import SCORERS, scorer_class
+
+    rows = []
+    for name in SCORERS:
+        cls = scorer_class(name)
+        about = cls.summary, cls.source, sorted(cls.needs), cls.is_query_agnostic
+        rows.append(_row("scorer", name, None, *about, options_of(cls)))
+    return rows
+
+
+def _budgets() -> list[dict[str, Any]]:
+    from kvzip.budget import BUDGET_KINDS
+    from kvzip.parts import options_of
+
+    return [
+        _row("budget", name, None, kind.help, kind.source, [], None, options_of(kind.select))
+        for name, kind in BUDGET_KINDS.items()
+    ]
+
+
+def _row(
+    kind: str,
+    name: str,
+    composition: str | None,
+    description: str,
+    source: str,
+    needs: list[str],
+    is_query_agnostic: bool | None,
+    options: dict[str, Option],
+) -> dict[str, Any]:
+    """One entry of `--json`. The keys are a contract."""
+    return {
+        "kind": kind,
+        "name": name,
+        "composition": composition,
+        "description": description,
+        "needs": needs,
+        "query_agnostic": is_query_agnostic,
+        "source": source,
+        "options": {
+            option.name: {"default": option.show(option.default), "allowed": option.allowed}
+            for option in options.values()
+        },
+    }
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console = out()
+    for kind, title in TITLES.items():
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.add_column(title, no_wrap=True)
+        table.add_column("What stays" if kind == "method" else "")
+        for row in (row for row in rows if row["kind"] == kind):
+            about = Text(row["description"])
+            about.append("".join(f"\n{line}" for line in _details(row)), style="dim")
+            table.add_row(row["name"], about)
+        console.print(table)
+    for note in NOTES:
+        console.print(note, style="dim")
+
+
+def _details(row: dict[str, Any]) -> list[str]:
+    """Needs and source in a line, and options in another."""
+    facts = []
+    if row["kind"] != "budget":
+        facts.append("needs " + (", ".join(row["needs"]).replace("_", " ") or "nothing"))
+        facts += [] if row["query_agnostic"] else ["published with the question in view"]
+    options = " ".join(f"{name}={about['default'] or 'none'}" for name, about in row["options"].items())
+    facts = ["; ".join([*facts, row["source"]])]
+    return [*facts, f"options: {options}"] if options and row["kind"] != "method" else facts
