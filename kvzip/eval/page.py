@@ -94,8 +94,14 @@ def _figure(picture: str, caption: str) -> str:
 
 
 def _table(lines: list[Line]) -> str:
-    body = "".join(_cells("td", _shown(line), "full" if line.method == FULL else "") for line in lines)
-    return f'<div class="wide"><table><thead>{_cells("th", COLUMNS)}</thead><tbody>{body}</tbody></table></div>'
+    """All lines; a column that says nothing for any of them is left out."""
+    rows = [_shown(line) for line in lines]
+    used = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", "-") for row in rows)]
+    pick = lambda row: tuple(row[i] for i in used)  # noqa: E731
+    body = "".join(
+        _cells("td", pick(row), "full" if line.method == FULL else "") for line, row in zip(lines, rows, strict=True)
+    )
+    return f'<div class="wide"><table><thead>{_cells("th", pick(COLUMNS))}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _shown(line: Line) -> tuple[str, ...]:
