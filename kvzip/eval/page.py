@@ -97,11 +97,11 @@ def _table(lines: list[Line]) -> str:
     """All lines; a column that says nothing for any of them is left out."""
     rows = [_shown(line) for line in lines]
     used = [i for i in range(len(COLUMNS)) if any(row[i] not in ("", "-") for row in rows)]
-    pick = lambda row: tuple(row[i] for i in used)  # noqa: E731
+    head, *picked = [tuple(row[i] for i in used) for row in (COLUMNS, *rows)]
     body = "".join(
-        _cells("td", pick(row), "full" if line.method == FULL else "") for line, row in zip(lines, rows, strict=True)
+        _cells("td", row, "full" if line.method == FULL else "") for line, row in zip(lines, picked, strict=True)
     )
-    return f'<div class="wide"><table><thead>{_cells("th", pick(COLUMNS))}</thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table><thead>{_cells("th", head)}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _shown(line: Line) -> tuple[str, ...]:
