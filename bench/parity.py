@@ -27,7 +27,7 @@ import kvzip
 from kvzip.bench.measure import report, write_result
 from kvzip.compress import CHUNK_LEN, FullContext, Selection, chunk_slices, pack_context
 from kvzip.eval.metrics import f1, included, mean_and_error
-from kvzip.eval.tasks.base import Question, Sample, TaskSettings
+from kvzip.eval.tasks.base import Question, Sample, TaskSettings, choose
 from kvzip.eval.tasks.squad import Squad
 from kvzip.methods import parse_method
 from kvzip.models.cache import model_folder
@@ -253,12 +253,8 @@ def parity(
 def take_samples(llm: kvzip.LLM, path: str, context_len: int, num_contexts: int, limit: int) -> list[Sample]:
     """Contexts with at most `limit` questions each, spread evenly."""
     settings = TaskSettings(context_len, lambda text: len(llm.tokenize(text)), num_contexts, path=path)
-    samples = []
-    for sample in Squad().samples(settings):
-        asked, count = sample.questions, min(limit, len(sample.questions))
-        picked = tuple(asked[i * len(asked) // count] for i in range(count))
-        samples.append(replace(sample, questions=picked))
-    return samples
+    found = Squad().samples(settings)
+    return [replace(sample, questions=tuple(choose(sample.questions, limit))) for sample in found]
 
 
 def table(figures: dict[str, list[float]], rows: list[dict[str, Any]]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvzip.errors import ModelError
+from kvzip.files import write_whole
 from kvzip.models.cache import cache_dir
 
 
@@ -24,9 +24,7 @@ def save_head_profile(fingerprint: str, head_scores: Tensor, source: str) -> Pat
     path = profile_path(fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"fingerprint": fingerprint, "source": source, "head_scores": head_scores.tolist()}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content).encode())
     return path
 
 

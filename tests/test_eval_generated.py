@@ -16,7 +16,7 @@ from kvzip.eval.code_similarity import bleu, first_function, same_function
 from kvzip.eval.tasks import get_task
 from kvzip.eval.tasks.base import Sample
 from kvzip.eval.tasks.mix import num_pairs
-from kvzip.eval.tasks.repoqa import MAX_LINES, RepoQA
+from kvzip.eval.tasks.repoqa import GAP, MAX_LINES, RepoQA
 
 FITTED = ["icl-many-shot", "repoqa", "mix-repoqa-kv", "ruler-multikey", "ruler-fwe", "ruler-cwe"]
 
@@ -98,9 +98,8 @@ def test_functions_can_be_told_apart_and_repeated() -> None:
 
 
 def test_few_questions_where_few_functions_fit() -> None:
-    functions = [
-        (f"def f{i}(a):\n    b = a\n    c = b\n    return c", f"Do the thing of number {i}.") for i in range(9)
-    ]
+    codes = [f"def f{i}(a):\n    b = a\n    c = b\n    return c" for i in range(9)]
+    functions = {(code, f"Do the thing of number {i}."): count_words(code + GAP) for i, code in enumerate(codes)}
     task, asked = RepoQA(), settings(60)
     sample = task.make(random.Random(0), functions, asked)
     assert 2 <= len(sample.questions) < 5 and count_words(sample.context) <= 60

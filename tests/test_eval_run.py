@@ -16,12 +16,12 @@ from kvzip.eval.compare import compare
 from kvzip.eval.fidelity import answer_ids
 from kvzip.eval.page import report_page
 from kvzip.eval.plots import save_pictures
-from kvzip.eval.questions import ask_full, choose
+from kvzip.eval.questions import ask_full
 from kvzip.eval.run import evaluate, read_rows
 from kvzip.eval.settings import EvalSettings, hash_of
 from kvzip.eval.summary import summarize
 from kvzip.eval.tasks import get_task
-from kvzip.eval.tasks.base import Question
+from kvzip.eval.tasks.base import Question, choose
 
 SETTINGS: dict[str, Any] = {
     "tasks": ("niah", "math-find"), "methods": ("kvzip", "random"), "keep_ratios": (1, 0.2), "context_len": 300,
@@ -114,7 +114,7 @@ def test_a_conversation_holds_the_expected_answers(tiny: kvzip.LLM) -> None:
 def test_questions_are_chosen_all_over() -> None:
     questions = [Question(str(i)) for i in range(10)]
     assert [q.text for q in choose(questions, 3)] == ["0", "3", "6"]
-    assert choose(questions, None) == choose(questions, 99) == questions
+    assert choose(questions, len(questions)) == choose(questions, 99) == questions
 
 
 @pytest.mark.parametrize("cut", [0, 1, 0.3, 0.62, -1, -2])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvzip.eval.drawing import pyplot
-from kvzip.eval.plots import pictures
+from kvzip.eval.plots import save_pictures
 from kvzip.eval.run import read_rows
 from kvzip.eval.summary import summarize
 
@@ -31,13 +31,11 @@ def draw(results: list[dict[str, Any]], folder: str | Path) -> dict[str, str]:
 
 def draw_runs(results: str | Path, folder: str | Path) -> dict[str, str]:
     """Write the pictures of every run of `kvzip eval` (*.jsonl) in `results` to `folder`; their names and files."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(Path(results).glob("*.jsonl")):
         _, rows = read_rows(path)
-        for name, figure in pictures(summarize(rows), rows):
-            found[f"{path.stem}-{name}"] = file = f"{path.stem}-{name}.svg"
-            figure.savefig(Path(folder) / file, metadata={"Date": None})
-            pyplot().close(figure)
+        written = save_pictures(summarize(rows), rows, folder, prefix=f"{path.stem}-", suffix=".svg")
+        found |= {file.stem: file.name for file in written}
     return found
 
 

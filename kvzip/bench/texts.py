@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from kvzip.errors import InputError
+from kvzip.eval.tasks.base import choose
 from kvzip.eval.tasks.squad import read_paragraphs
 from kvzip.files import read_utf8
 from kvzip.llm import LLM
@@ -33,7 +34,7 @@ def bench_questions(path: str, text: str, count: int) -> list[str]:
     found = [qa["question"] for p in read_paragraphs(path) if p["context"] in text for qa in p["qas"]]
     if len(found) < count:
         raise InputError(f"{path} has {len(found)} questions about the text, {count} are needed: give more text")
-    return [found[i * len(found) // count] for i in range(count)]
+    return choose(found, count)
 
 
 def _bundled() -> str:

@@ -177,6 +177,7 @@ def _describe(task: Task) -> str:
 def _print_comparison(first: str, second: str) -> None:
     from kvzip.eval.compare import compare
     from kvzip.eval.run import read_rows
+    from kvzip.eval.summary import percent
 
     (before, rows), (after, others) = read_rows(first), read_rows(second)
     found = compare(rows, others)
@@ -188,7 +189,7 @@ def _print_comparison(first: str, second: str) -> None:
             f"{line.keep_ratio:g}",
             f"{100 * line.first:.1f}",
             f"{100 * line.second:.1f}",
-            f"{100 * line.change:+.1f} ± {100 * line.error:.1f}",
+            percent(line.change, line.error, "+"),
             str(line.num_questions),
         )
     out().print(table)
@@ -198,15 +199,16 @@ def _print_comparison(first: str, second: str) -> None:
 
 
 def _print_lines(lines: list[Line]) -> None:
+    from kvzip.eval.summary import percent
+
     table = _table("task", "method", "keep", "score", "of full", "KL", "same answer", "memory", "n")
     for line in lines:
         keep_ratio = line.keep_ratio_asked if line.keep_ratio is None else line.keep_ratio
-        measured = line.score is not None and line.error is not None
         table.add_row(
             line.task,
             line.method,
             f"{keep_ratio:.2f}",
-            f"{100 * line.score:.1f} ± {100 * line.error:.1f}" if measured else "-",  # type: ignore[operator]
+            percent(line.score, line.error),
             "-" if line.relative is None else f"{100 * line.relative:.0f}%",
             "-" if line.kl is None else f"{line.kl:.4f}",
             "-" if line.same is None else f"{100 * line.same:.0f}%",

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 from kvzip.errors import InputError
-from kvzip.eval.tasks.base import Question
+from kvzip.eval.tasks.base import Question, choose
 
 SENTENCE = re.compile(r"[^.!?\n]+[.!?]")
 WORD = re.compile(r"\b(?:[A-Z][a-z]+|\d[\d,.]*\d|\d)\b")
@@ -34,7 +34,7 @@ def cloze_questions(text: str, count: int, seed: int = 0) -> list[Question]:
             "give your own questions, or fewer"
         )
     rng = random.Random(seed)
-    return [_question(*found[i * len(found) // count], rng) for i in range(count)]
+    return [_question(*one, rng) for one in choose(found, count)]
 
 
 def _question(sentence: str, words: list[re.Match[str]], rng: random.Random) -> Question:

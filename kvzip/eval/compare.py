@@ -32,7 +32,8 @@ class Difference:
 def compare(first: list[Row], second: list[Row]) -> list[Difference]:
     """What both runs measured, in the order of the first. Raises InputError where they have nothing in common."""
     before, after = _scores(first), _scores(second)
-    found = [_difference(cell, before[cell], after[cell]) for cell in before if _shared(before[cell], after.get(cell))]
+    shared = {cell: _shared(scores, after.get(cell, {})) for cell, scores in before.items()}
+    found = [_difference(cell, pairs) for cell, pairs in shared.items() if pairs]
     if not found:
         raise InputError(
             "the two runs share no question of a task, method and keep ratio: compare runs of the same tasks, "
@@ -55,18 +56,14 @@ def _scores(rows: list[Row]) -> dict[tuple[str, str, float], Scores]:
     return dict(cells)
 
 
-def _shared(first: Scores, second: Scores | None) -> list[list[tuple[float, float]]]:
+def _shared(first: Scores, second: Scores) -> list[list[tuple[float, float]]]:
     """Pairs of scores of each context that both have."""
-    shared = (
-        [[(a, second.get(i, {})[q]) for q, a in qs.items() if q in second.get(i, {})] for i, qs in first.items()]
-        if second
-        else []
-    )
-    return [pairs for pairs in shared if pairs]
+    both = [(scores, second.get(sample, {})) for sample, scores in first.items()]
+    pairs = ([(a, other[text]) for text, a in scores.items() if text in other] for scores, other in both)
+    return [found for found in pairs if found]
 
 
-def _difference(cell: tuple[str, str, float], first: Scores, second: Scores) -> Difference:
-    shared = _shared(first, second)
+def _difference(cell: tuple[str, str, float], shared: list[list[tuple[float, float]]]) -> Difference:
     change, error = mean_and_error([[b - a for a, b in pairs] for pairs in shared])
     flat = [pair for pairs in shared for pair in pairs]
     means = [sum(pair[i] for pair in flat) / len(flat) for i in (0, 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line, summarize
+from kvzip.eval.summary import Line, percent, summarize
 
 Row = dict[str, Any]
 OURS = "kvzip"
@@ -86,7 +86,7 @@ def _origin(header: Row) -> str:
 
 
 def _score(line: Line) -> str:
-    return "-" if line.score is None or line.error is None else f"{100 * line.score:.1f} ± {100 * line.error:.1f}"
+    return percent(line.score, line.error)
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvzip.eval.plots import curves, kept_map, needle_map, svg
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line, summarize
+from kvzip.eval.summary import Line, percent, summarize
 
 Row = dict[str, Any]
 NUM_EXAMPLES = 4
@@ -108,8 +108,8 @@ def _shown(line: Line) -> tuple[str, ...]:
     return (
         line.method,
         f"{line.keep_ratio_asked if line.keep_ratio is None else line.keep_ratio:.3f}",
-        _percent(line.score, line.error),
-        "" if line.method == FULL else _percent(line.change, line.change_error, "+"),
+        percent(line.score, line.error),
+        "" if line.method == FULL else percent(line.change, line.change_error, "+"),
         "-" if line.relative is None else f"{100 * line.relative:.0f}%",
         "-" if line.kl is None else f"{line.kl:.4f}",
         "-" if line.same is None else f"{100 * line.same:.0f}%",
@@ -119,10 +119,6 @@ def _shown(line: Line) -> tuple[str, ...]:
         f"{line.num_questions} of {line.num_asked}",
         str(line.gaps or ""),
     )
-
-
-def _percent(value: float | None, error: float | None, sign: str = "") -> str:
-    return "-" if value is None or error is None else f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
 
 
 def _cells(tag: str, values: tuple[str, ...], cls: str = "") -> str:

@@ -101,13 +101,16 @@ def svg(figure: Any) -> str:
     return picture[picture.index("<svg") :]
 
 
-def save_pictures(lines: list[Line], rows: list[Row], folder: str | Path) -> list[Path]:
-    """Every picture of a run as a PNG in `folder`, which is made; returns the files."""
+def save_pictures(
+    lines: list[Line], rows: list[Row], folder: str | Path, *, prefix: str = "", suffix: str = ".png"
+) -> list[Path]:
+    """Every picture of a run in `folder`, which is made; returns the files.  suffix: ".png" or ".svg"."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    unstable = {".png": "Software", ".svg": "Date"}[suffix]  # left out: the same run gives the same bytes
     written = []
     for name, figure in pictures(lines, rows):
-        written.append(Path(folder) / f"{name}.png")
-        figure.savefig(written[-1], dpi=130, metadata={"Software": None})
+        written.append(Path(folder) / f"{prefix}{name}{suffix}")
+        figure.savefig(written[-1], dpi=130 if suffix == ".png" else "figure", metadata={unstable: None})
         pyplot().close(figure)
     return written
 

@@ -23,13 +23,6 @@ class Asked:
     reference: Reference
 
 
-def choose(questions: Sequence[Question], count: int | None) -> list[Question]:
-    """At most `count` of the questions, spread evenly over them; all for None."""
-    if count is None or count >= len(questions):
-        return list(questions)
-    return [questions[i * len(questions) // count] for i in range(count)]
-
-
 def ask_full(task: Task, full: CompressedContext, questions: Sequence[Question], mode: str) -> list[Asked]:
     """Every question with the full cache's answer.  full: a context at keep ratio 1.
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from kvzip.errors import InputError, KVZipError
 from kvzip.eval.fidelity import answer_ids, fidelity, reconstruction
-from kvzip.eval.questions import Asked, ask_full, choose
+from kvzip.eval.questions import Asked, ask_full
 from kvzip.eval.settings import FORMAT, FULL, EvalSettings, hash_of
 from kvzip.eval.tasks import get_task
-from kvzip.eval.tasks.base import Sample, Task, TaskSettings
+from kvzip.eval.tasks.base import Sample, Task, TaskSettings, choose
 from kvzip.files import write_whole
 from kvzip.llm import LLM, CompressedContext, Prefilled
 from kvzip.options import CompressOptions
@@ -115,7 +115,7 @@ class _Run:
         try:
             prefilled = self.llm.prefill(sample.context, instruction=task.instruction)
             full = prefilled.compress(1.0)
-            questions = choose(sample.questions, self.settings.max_questions)
+            questions = choose(sample.questions, self.settings.max_questions or len(sample.questions))
             asked = ask_full(task, full, questions, self.settings.mode)
         except KVZipError as error:
             yield from (_gap(task, index, cell, error, len(sample.questions)) for cell in missing)

@@ -119,5 +119,10 @@ def _line(key: Key, group: _Group) -> Line:
     )
 
 
+def percent(value: float | None, error: float | None, sign: str = "") -> str:
+    """A mean and its error in percent, "83.3 ± 4.2"; "-" where there is none.  sign: "+" shows that of a difference."""
+    return "-" if value is None or error is None else f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)

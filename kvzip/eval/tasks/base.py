@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from kvzip.errors import InputError
+from kvzip.eval import metrics
+from kvzip.eval.code_similarity import same_function
 
-Metric = Callable[[str, Sequence[str]], float]
+Item = TypeVar("Item")
 CountTokens = Callable[[str], int]
 
 
@@ -77,9 +79,9 @@ class Task(ABC):
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
         """The samples, the same ones for the same settings. Raises InputError."""
 
-    @abstractmethod
     def score(self, prediction: str, question: Question) -> float:
         """The score of one answer in [0, 1]."""
+        return judge(self.metric, prediction, question.golds)
 
     def gold_answer(self, question: Question) -> str:
         """The expected answer as a conversation would hold it."""
@@ -135,6 +137,18 @@ class FittedTask(GeneratedTask):
                     break
                 count = max(self.min_items, round(count * settings.context_len / length))
             yield sample
+
+
+def judge(metric: str, prediction: str, golds: Sequence[str]) -> float:
+    """The score of an answer by a metric's name: a function of `kvzip.eval.metrics`, or `same_function`."""
+    score: float = (same_function if metric == "same_function" else getattr(metrics, metric))(prediction, golds)
+    return score
+
+
+def choose(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, spread evenly over them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def spread(rng: random.Random, length: int, count: int) -> list[int]:

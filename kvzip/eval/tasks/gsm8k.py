@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from itertools import islice
 
 from kvzip.errors import InputError
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
 from kvzip.eval.tasks.hub import rows
 from kvzip.files import read_utf8
@@ -40,9 +39,6 @@ class GSM8K(Task):
         found = (_sample(problem) for problem in problems)
         long = (s for s in found if s is not None and settings.count_tokens(s.context) >= MIN_TOKENS)
         return islice(long, settings.limit)
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.stated_number(prediction, question.golds)
 
 
 def _sample(problem: dict[str, str]) -> Sample | None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 
 from kvzip.errors import InputError
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import FittedTask, Question, Sample, TaskSettings
 from kvzip.eval.tasks.words import ADJECTIVES, CATEGORIES
 from kvzip.files import read_utf8
@@ -63,9 +62,6 @@ class ManyShot(FittedTask):
             for text, k in asked
         )
         return Sample("\n\n".join(lines), tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.choice(prediction, question.golds)
 
 
 def bundled() -> Kinds:

@@ -6,8 +6,7 @@ import random
 from dataclasses import replace
 from itertools import chain, zip_longest
 
-from kvzip.eval import metrics
-from kvzip.eval.tasks.base import Question, Sample, TaskSettings, spread
+from kvzip.eval.tasks.base import Question, Sample, TaskSettings, judge, spread
 from kvzip.eval.tasks.repoqa import GAP, Function, RepoQA
 from kvzip.eval.tasks.retrieval import random_uuid
 
@@ -24,11 +23,11 @@ class MixRepoQAKV(RepoQA):
     instruction = "Below are functions of a program, and pairs of a key and a value."
     num_asked = NUM_EACH
 
-    def make(self, rng: random.Random, functions: list[Function], settings: TaskSettings) -> Sample:
+    def make(self, rng: random.Random, functions: dict[Function, int], settings: TaskSettings) -> Sample:
         pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(num_pairs(settings.context_len))]
         lines = [f'"{key}": "{value}"' for key, value in pairs]
         left = settings.context_len - settings.count_tokens(GAP.join(lines))
-        chosen = self.draw(rng, functions, left, settings.count_tokens)
+        chosen = self.draw(rng, functions, left)
         blocks: list[str] = []
         for i, (code, _) in enumerate(chosen):
             blocks += [code, *lines[len(lines) * i // len(chosen) : len(lines) * (i + 1) // len(chosen)]]
@@ -41,9 +40,7 @@ class MixRepoQAKV(RepoQA):
         return Sample(GAP.join(blocks), tuple(question for question in in_turn if question))
 
     def score(self, prediction: str, question: Question) -> float:
-        if question.part == "kv":
-            return metrics.contains(prediction, question.golds)
-        return super().score(prediction, question)
+        return judge("contains" if question.part == "kv" else "same_function", prediction, question.golds)
 
 
 def num_pairs(context_len: int) -> int:

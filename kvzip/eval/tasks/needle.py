@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator
 
 from kvzip.errors import InputError
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
 from kvzip.files import read_utf8
 
@@ -50,9 +49,6 @@ class Needle(Task):
             context = " ".join([*hay[:at], needle, *hay[at:]])
             question = Question(f"What is the special magic number for {city} mentioned in the text?", (number,))
             yield Sample(context, (question,), {"depth": depth, "context_len": settings.context_len // part})
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.contains(prediction, question.golds)
 
 
 def _hay(settings: TaskSettings, context_len: int) -> list[str]:

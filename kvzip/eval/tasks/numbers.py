@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import GeneratedTask, Question, Sample
 
 
@@ -37,6 +36,3 @@ class MathFind(GeneratedTask):
             for name, value in answers.items()
         )
         return Sample("[" + ", ".join(map(str, numbers)) + "]", tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.first_number(prediction, question.golds)

@@ -11,8 +11,7 @@ from pathlib import Path
 from textwrap import dedent
 
 from kvzip.errors import InputError
-from kvzip.eval.code_similarity import same_function
-from kvzip.eval.tasks.base import CountTokens, Question, Sample, Task, TaskSettings, spread
+from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings, spread
 
 DEFAULT = (
     "statistics", "textwrap", "shlex", "heapq", "difflib", "calendar", "inspect", "ast", "pathlib", "argparse",
@@ -52,8 +51,8 @@ class RepoQA(Task):
 
     def samples(self, settings: TaskSettings) -> Iterator[Sample]:
         sizes = {function: settings.count_tokens(function[0] + GAP) for function in _functions(_sources(settings.path))}
-        functions = [function for function, size in sizes.items() if size < MAX_NEW_TOKENS - 20]  # 20: the fences
-        total = sum(sizes[function] for function in functions)
+        functions = {f: size for f, size in sizes.items() if size < MAX_NEW_TOKENS - 20}  # 20: the fences
+        total = sum(functions.values())
         if len(functions) < MIN_FUNCTIONS or total < settings.context_len:
             raise InputError(
                 f"{settings.path or 'the standard library'} has {len(functions)} documented functions of {MIN_LINES}-"
@@ -64,22 +63,19 @@ class RepoQA(Task):
             rng = random.Random(f"{self.name}/{self.version}/{settings.seed}/{index}")
             yield self.make(rng, functions, settings)
 
-    def make(self, rng: random.Random, functions: list[Function], settings: TaskSettings) -> Sample:
-        """A sample of (code, description) pairs drawn from `functions`."""
-        chosen = self.draw(rng, functions, settings.context_len, settings.count_tokens)
+    def make(self, rng: random.Random, functions: dict[Function, int], settings: TaskSettings) -> Sample:
+        """A sample of functions drawn from `functions`, which says how many tokens each has."""
+        chosen = self.draw(rng, functions, settings.context_len)
         return Sample(GAP.join(code for code, _ in chosen), tuple(self.ask(rng, chosen)))
 
-    def draw(
-        self, rng: random.Random, functions: list[Function], length: int, count_tokens: CountTokens
-    ) -> list[Function]:
+    def draw(self, rng: random.Random, functions: dict[Function, int], length: int) -> list[Function]:
         """Functions that fill `length` tokens. Raises InputError where fewer than two do."""
         chosen: list[Function] = []
         left = length
-        for function in rng.sample(functions, len(functions)):
-            size = count_tokens(function[0] + GAP)
-            if size <= left:
+        for function in rng.sample(list(functions), len(functions)):
+            if functions[function] <= left:
                 chosen.append(function)
-                left -= size
+                left -= functions[function]
             if left < max(30, 0.02 * length):
                 break
         if len(chosen) < 2:
@@ -98,9 +94,6 @@ class RepoQA(Task):
                 "Repeat that function exactly as it stands there, in a code block.",
                 (code, *others),
             )
-
-    def score(self, prediction: str, question: Question) -> float:
-        return same_function(prediction, question.golds)
 
 
 def _sources(name: str | None) -> list[Path]:

@@ -6,7 +6,6 @@ import random
 import string
 import uuid
 
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import GeneratedTask, Question, Sample, spread
 
 NUM_QUESTIONS = 5
@@ -30,9 +29,6 @@ class RetrKV(GeneratedTask):
             Question(f'Key: "{key}"\nThe value associated with this key is:', (value,)) for key, value in asked
         )
         return Sample(f"{{{body}}}", tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.contains(prediction, question.golds)
 
 
 class RetrPrefixSuffix(GeneratedTask):
@@ -58,9 +54,6 @@ class RetrPrefixSuffix(GeneratedTask):
             for (start, end), text in asked
         )
         return Sample("\n".join(found.values()), tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.contains(prediction, question.golds)
 
 
 def random_uuid(rng: random.Random) -> str:

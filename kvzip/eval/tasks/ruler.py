@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import FittedTask, Question, Sample, spread
 from kvzip.eval.tasks.needle import FILLER
 from kvzip.eval.tasks.tracking import RetrMultiHop
@@ -38,9 +37,6 @@ class MultiKey(FittedTask):
             for i in spread(rng, len(keys), NUM_KEYS)
         )
         return Sample(" ".join(lines), tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.contains(prediction, question.golds)
 
 
 class VariableTracking(RetrMultiHop):
@@ -81,9 +77,6 @@ class FrequentWords(FittedTask):
         )
         return Sample(" ".join(words), (question,))
 
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.fraction_found(prediction, question.golds)
-
 
 class CommonWords(FittedTask):
     """A numbered list in which ten words come ten times as often as all the others; the ten are asked for."""
@@ -106,6 +99,3 @@ class CommonWords(FittedTask):
         rng.shuffle(words)
         listed = " ".join(f"{number}. {word}" for number, word in enumerate(words, 1))
         return Sample(listed, (Question("What are the ten most common words in the list above?", tuple(common)),))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.fraction_found(prediction, question.golds)

@@ -12,9 +12,8 @@ from itertools import islice
 from typing import Any
 
 from kvzip.errors import InputError
-from kvzip.eval import metrics
 from kvzip.eval.tasks import hub
-from kvzip.eval.tasks.base import CountTokens, Question, Sample, Task, TaskSettings
+from kvzip.eval.tasks.base import CountTokens, Question, Sample, Task, TaskSettings, judge
 
 REPO, SPLIT = "microsoft/SCBench", "test"
 OPTION_LINE = re.compile(r"^\s*\(([A-Z])\)\s*(.*\S)", re.MULTILINE)
@@ -23,7 +22,7 @@ ASKED_STATISTIC = re.compile(r"The (.+) is")
 
 @dataclass(frozen=True)
 class Part:
-    """Questions of one sort.  metric: a function of `kvzip.eval.metrics`, or `same_function`."""
+    """Questions of one sort.  metric: as `judge` takes it."""
 
     metric: str
     max_new_tokens: int
@@ -149,13 +148,7 @@ class SCBench(Task):
             yield sample
 
     def score(self, prediction: str, question: Question) -> float:
-        metric = self.parts[question.part].metric
-        if metric == "same_function":
-            from kvzip.eval.code_similarity import same_function
-
-            return same_function(prediction, question.golds)
-        score: float = getattr(metrics, metric)(prediction, question.golds)
-        return score
+        return judge(self.parts[question.part].metric, prediction, question.golds)
 
     def _sample(self, row: dict[str, Any], functions: dict[str, list[str]], settings: TaskSettings) -> Sample:
         context = _context(row)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvzip.errors import InputError
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
 from kvzip.eval.tasks.hub import rows
 from kvzip.files import read_utf8
@@ -44,9 +43,6 @@ class Squad(Task):
             questions += _questions(paragraph)
         if questions and made < settings.limit:
             yield Sample("\n\n".join(texts), tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.included(prediction, question.golds)
 
 
 def _questions(paragraph: dict[str, Any]) -> list[Question]:

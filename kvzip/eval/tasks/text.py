@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvzip.errors import InputError
-from kvzip.eval import metrics
 from kvzip.eval.cloze import cloze_questions
 from kvzip.eval.tasks.base import Question, Sample, Task, TaskSettings
 from kvzip.files import read_utf8
@@ -39,9 +38,6 @@ class Text(Task):
         if not questions:
             raise InputError(f"{settings.questions} has no question: give one a line")
         yield Sample(text, tuple(questions))
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.included(prediction, question.golds)
 
 
 def _question(line: str) -> Question:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import string
 
-from kvzip.eval import metrics
 from kvzip.eval.tasks.base import GeneratedTask, Question, Sample
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -45,9 +44,6 @@ class RetrMultiHop(GeneratedTask):
             for value, chain in zip(values, chains, strict=True)
         )
         return Sample("\n".join(lines), questions)
-
-    def score(self, prediction: str, question: Question) -> float:
-        return metrics.fraction_found(prediction, question.golds)
 
 
 def _distinct(rng: random.Random, letters: str, length: int, count: int) -> list[str]:
