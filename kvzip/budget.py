@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Amounts:
 
     num_pairs: int
     fixed_nbytes: int
-    pair_nbytes: int
+    pair_nbytes: float
 
 
 def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: Amounts) -> int:
@@ -114,9 +115,9 @@ def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: A
         return max(1, round(check_keep_ratio(keep_ratio) * amounts.num_pairs))
     if isinstance(budget, str):
         nbytes = parse_nbytes(budget)
-        pairs = (nbytes - amounts.fixed_nbytes) // amounts.pair_nbytes
+        pairs = int((nbytes - amounts.fixed_nbytes) // amounts.pair_nbytes)
         if pairs < 1:
-            least = amounts.fixed_nbytes + amounts.pair_nbytes
+            least = math.ceil(amounts.fixed_nbytes + amounts.pair_nbytes)
             raise BudgetError(f"budget {budget!r} is too small: this context needs at least {least} bytes")
         return min(pairs, amounts.num_pairs)
     if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= amounts.num_pairs:

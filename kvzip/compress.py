@@ -7,10 +7,12 @@ One `FullContext` serves any number of methods and keep ratios.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from kvzip.ops.selection import select_above
 from kvzip.progress import Progress, silent
 from kvzip.scorers import get_scorer
 from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Reading
+from kvzip.transforms.base import BaseTransform
 
 CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
 BRIDGE_LEN = 8  # tokens of the chunk before that a later repeat prompt quotes
@@ -249,33 +252,40 @@ class FullContext:
             prompt = self.engine.prompts.before(self.context_ids, chunk.start)
             yield chunk, torch.cat([prompt, self.context_ids[chunk]])
 
-    def amounts(self) -> Amounts:
-        """What budgets are taken of."""
+    def amounts(self, transforms: Sequence[BaseTransform] = ()) -> Amounts:
+        """What budgets are taken of, where the pairs that stay are stored by these transforms."""
         layers = self.engine.geometry.layers
         itemsize = self.engine.model.dtype.itemsize
         full = [layers[i] for i in self.engine.geometry.full_layers]
         windows = [layer for layer in layers if layer.window is not None]
         prefix = sum(layer.num_kv_heads for layer in full) * self.prefix_ids.numel()
-        pair_nbytes = 2 * full[0].head_dim * itemsize
+        head_dim = full[0].head_dim
+        pair_nbytes = min([2.0 * head_dim * itemsize, *(t.pair_nbytes(head_dim, itemsize) for t in transforms)])
+        heads = sum(layer.num_kv_heads for layer in full) * sum(t.head_nbytes(head_dim) for t in transforms)
         sliding = sum(
             2 * layer.num_kv_heads * layer.head_dim * min(self.length, (layer.window or 1) - 1) for layer in windows
         )
         offsets = sum(4 * (layer.num_kv_heads + 1) for layer in layers)
         num_pairs = sum(layer.num_kv_heads for layer in full) * self.context_ids.numel()
-        return Amounts(num_pairs, prefix * pair_nbytes + sliding * itemsize + offsets, pair_nbytes)
+        fixed = math.ceil(prefix * pair_nbytes) + heads + sliding * itemsize + offsets
+        return Amounts(num_pairs, fixed, pair_nbytes)
 
     @torch.inference_mode()
-    def evict(self, keep_mask: Tensor, *, release: bool = False) -> tuple[RaggedLayer, ...]:
+    def evict(
+        self, keep_mask: Tensor, *, transforms: Sequence[BaseTransform] = (), release: bool = False
+    ) -> tuple[RaggedLayer, ...]:
         """The kept pairs of every layer, keys shifted so that a question starts at position 0.
 
-        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.
+        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms: applied to each
+        full-attention layer as soon as it is packed.
         release: give each layer's full cache back as soon as it is packed; this object is of no use afterwards.
         """
         index_of = {layer: index for index, layer in enumerate(self.engine.geometry.full_layers)}
         packed = []
         for index, dense in enumerate(self.cache.layers):
             mask = keep_mask[index_of[index]] if index in index_of else None
-            packed.append(self._evict_layer(index, mask))
+            layer = self._evict_layer(index, mask)
+            packed.append(reduce(lambda so_far, t: t.apply(so_far), transforms, layer) if mask is not None else layer)
             if release:
                 dense.release()
         return tuple(packed)
@@ -303,6 +313,7 @@ def select(
     """The keep mask of `num_pairs` pairs by the budget of `method`; the official threshold rule if `faithful`."""
     if faithful:
         return Selection(select_above(scores, num_pairs / scores.numel()), None)
+    assert method.budget is not None and method.budget_kind is not None
     mask = method.budget_kind(scores, num_pairs, dict(method.budget.options))
     return Selection(mask, pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None)
 
@@ -343,9 +354,16 @@ def fit_chunk_len(
     return room * 2 // 3  # the last chunk may be half as long again
 
 
-def pack_context(full: FullContext, selection: Selection, info: ContextInfo, *, release: bool) -> RaggedContext:
+def pack_context(
+    full: FullContext,
+    selection: Selection,
+    info: ContextInfo,
+    *,
+    transforms: Sequence[BaseTransform] = (),
+    release: bool,
+) -> RaggedContext:
     """The compressed context of a selection."""
-    layers = full.evict(selection.mask, release=release)
+    layers = full.evict(selection.mask, transforms=transforms, release=release)
     return RaggedContext(
         layers=layers,
         prefix_ids=full.prefix_ids.to(torch.int32),

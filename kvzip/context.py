@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kvzip.ops.quantize import QuantizedPairs
 from kvzip.ops.ragged import unpack_bits
+
+Pairs: TypeAlias = Tensor | QuantizedPairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +27,16 @@ class RaggedLayer:
     window: None in a full-attention layer. In a sliding-window layer the model's window in tokens, and every head then
     holds the last `n` tokens before the question without a gap.
     bias: [N] float32 added to the logits of each pair, or None.
+    lower: further pairs of the same heads, stored in another precision, or None; attention runs over all of them.
     Keys stand in the canonical rotation: the first token of a question has position 0.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Pairs
+    values: Pairs
     cu_seqlens: Tensor
     window: int | None = None
     bias: Tensor | None = None
+    lower: RaggedLayer | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -43,15 +48,53 @@ class RaggedLayer:
         return len(self.offsets) - 1
 
     @property
+    def head_dim(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are read as."""
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @cached_property
+    def levels(self) -> tuple[RaggedLayer, ...]:
+        """This layer's pairs and those below, by precision."""
+        return (self, *(self.lower.levels if self.lower is not None else ()))
+
+    @property
     def seqlens(self) -> list[int]:
-        """KV pairs of each head."""
-        return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
+        """KV pairs of each head, of all levels."""
+        own = [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
+        return own if self.lower is None else [a + b for a, b in zip(own, self.lower.seqlens, strict=True)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values, offsets and biases."""
+        """Bytes of keys, values, their scales, offsets and biases, of all levels."""
         tensors = [self.keys, self.values, self.cu_seqlens] + ([] if self.bias is None else [self.bias])
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in tensors) + (0 if self.lower is None else self.lower.nbytes)
+
+    def read(self, head: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, D] of some pairs of a head in this level, counted from its first; views where dense."""
+        first, end = self.offsets[head], self.offsets[head + 1]
+        stop = end - first if stop is None else stop
+        keys, values = (
+            pairs[first + start : first + stop]
+            if isinstance(pairs, Tensor)
+            else pairs.read(self.offsets, head, start, stop)
+            for pairs in (self.keys, self.values)
+        )
+        return keys, values
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, D] of this level, all at once."""
+        if isinstance(self.keys, Tensor) and isinstance(self.values, Tensor):
+            return self.keys, self.values
+        keys, values = zip(*map(self.read, range(self.num_kv_heads)), strict=True)
+        return torch.cat(keys), torch.cat(values)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedLayer:
         """The same layer on another device, keys and values in `dtype`."""
@@ -61,6 +104,7 @@ class RaggedLayer:
             self.cu_seqlens.to(device),
             self.window,
             None if self.bias is None else self.bias.to(device),
+            None if self.lower is None else self.lower.to(device, dtype),
         )
 
 
@@ -157,12 +201,12 @@ class RaggedContext:
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes that attention reads: keys, values, offsets and biases of all layers."""
+        """Bytes that attention reads: keys, values, their scales, offsets and biases of all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].keys.dtype
+        return self.layers[0].dtype
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedContext:
         """The same context with its layers on another device and in another dtype."""

@@ -49,6 +49,7 @@ from kvzip.options import CompressOptions
 from kvzip.parts import Part
 from kvzip.progress import Progress, silent
 from kvzip.session import Session
+from kvzip.transforms import get_transform
 
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
@@ -230,11 +231,13 @@ class Prefilled:
         """
         if not isinstance(options, CompressOptions):
             options = CompressOptions(keep_ratio=options)
-        method, amounts = parse_method(options.method), self._full.amounts()
+        method = parse_method(options.method)
+        transforms = [get_transform(part) for part in method.transforms]
+        amounts = self._full.amounts(transforms)
         num_pairs = resolve_pairs(options.keep_ratio, options.budget, amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
-        data = pack_context(self._full, selection, info, release=release)
+        data = pack_context(self._full, selection, info, transforms=transforms, release=release)
         if release:
             release_freed()  # without it the C library may keep what the full cache took
         total_s = info.prefill_s + score_s if started is None else time.perf_counter() - started
@@ -264,6 +267,7 @@ class Prefilled:
         return select(scores, method, num_pairs, faithful=options.faithful), score_s
 
     def _scored(self, method: Method, options: CompressOptions, progress: Progress) -> tuple[Tensor, float]:
+        assert method.scorer is not None
         key = (str(method.scorer), options.chunk_len, options.faithful, self._is_local(options))
         if key not in self._scores:
             started, watch_s = time.perf_counter(), self._full.watched_s(str(method.scorer))
@@ -272,6 +276,7 @@ class Prefilled:
         return self._scores[key]
 
     def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
+        assert method.scorer is not None
         context_len, full_layers = self._full.context_ids.numel(), self.llm.geometry.full_layers
         if "head_profile" in method.needs:
             num_kv_heads = self.llm.geometry.layers[full_layers[0]].num_kv_heads

@@ -1,4 +1,4 @@
-"""A method is a composition, named by a string: scorer + budget, each with its options."""
+"""A method is a composition, named by a string: scorer + budget + transforms, each with its options."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvzip.budget import BUDGET_KINDS, BudgetKind, get_budget_kind
 from kvzip.errors import UnknownNameError
 from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
 from kvzip.scorers import SCORERS, scorer_class
+from kvzip.transforms import TRANSFORMS, transform_class
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ ALIASES = {
         "Expected Attention, arXiv 2510.00636",
     ),
     "h2o": Alias("accumulated+uniform", "what got most attention in sum, and the last tokens", "H2O, arXiv 2306.14048"),
+    "int2": Alias("quantize:key_bits=2,value_bits=2", "all pairs, in 2 bits a number", "KIVI, arXiv 2402.02750"),
+    "int4": Alias("quantize", "all pairs, in 4 bits a number, keys by channel", "KIVI, arXiv 2402.02750"),
+    "int8": Alias(
+        "quantize:key_bits=8,value_bits=8,key_axis=token", "all pairs, in 8 bits a number", "KIVI, arXiv 2402.02750"
+    ),
+    "k8v4": Alias(
+        "quantize:key_bits=8,key_axis=token", "all pairs, keys in 8 bits and values in 4", "DiffKV, arXiv 2412.03131"
+    ),
     "kvzip": Alias(
         "reconstruction+global", "what the model needs to repeat the text (the default)", "KVzip, arXiv 2505.23416"
     ),
@@ -51,45 +60,60 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Method:
-    """A parsed method.  name: as the user wrote it.  scorer, budget: the parts."""
+    """A parsed method.
+
+    name: as the user wrote it.  scorer, budget: what is evicted; None where all pairs stay.  transforms: what is done
+    to the pairs that stay, in this order.  fetch: how pairs are recalled at each step, or None.
+    """
 
     name: str
-    scorer: Part
-    budget: Part
+    scorer: Part | None
+    budget: Part | None
+    transforms: tuple[Part, ...] = ()
+    fetch: Part | None = None
 
     @property
-    def budget_kind(self) -> BudgetKind:
-        return get_budget_kind(self.budget.name)
+    def budget_kind(self) -> BudgetKind | None:
+        return None if self.budget is None else get_budget_kind(self.budget.name)
 
     @property
     def needs(self) -> frozenset[str]:
         """What its scorer is to be shown: names of `kvzip.scorers.base.NEEDS`."""
-        return scorer_class(self.scorer.name).needs
+        return frozenset() if self.scorer is None else scorer_class(self.scorer.name).needs
 
     @property
     def composition(self) -> str:
         """The canonical name: all parts spelled out, with the options that differ from their defaults."""
-        return f"{self.scorer}+{self.budget}"
+        parts = (self.scorer, self.budget, *self.transforms, self.fetch)
+        return "+".join(str(part) for part in parts if part is not None)
 
 
 def parse_method(text: str) -> Method:
-    """`kvzip`, `snapkv:window_size=64,kernel_size=5`, `window+pyramid:beta=10`: parts joined by `+`.
+    """`kvzip`, `snapkv:window_size=64,kernel_size=5`, `window+pyramid:beta=10+int4`: parts joined by `+`.
 
-    An alias stands for its parts, and its options go to the part that has them; a later part replaces an earlier one;
-    a name that is an alias and a budget (`adakv`) is the budget beside other parts.  Without a budget: `global`.
+    An alias stands for its parts, and its options go to the part that has them; a later part replaces an earlier one of
+    the same kind, and transforms of different names add up; a name that is an alias and a budget (`adakv`) is the
+    budget beside other parts.  Without a budget: `global`.  Without a scorer nothing is evicted.
     Raises UnknownNameError with the nearest name, or InputError for an option that can't be.
     """
-    chosen: dict[str, Part] = {"budget": Part("global")}
+    chosen: dict[str, Part] = {}
+    transforms: dict[str, Part] = {}
     words = text.split("+")
     for word in words:
         for name, given in _expand(word, alone=len(words) == 1):
             slot, function = _find(name)
-            chosen[slot] = make_part(name, function, given)
-    own = get_budget_kind(chosen["budget"].name).scorer
+            (transforms if slot == "transform" else chosen)[name if slot == "transform" else slot] = make_part(
+                name, function, given
+            )
+    budget = chosen.get("budget")
+    own = None if budget is None else get_budget_kind(budget.name).scorer
     scorer = Part(own) if own else chosen.get("scorer")
-    if scorer is None:
+    if scorer is None and budget is not None:
         raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before the budget")
-    return Method(text, scorer, chosen["budget"])
+    if scorer is not None and budget is None:
+        budget = Part("global")
+    in_order = tuple(transforms[name] for name in TRANSFORMS if name in transforms)
+    return Method(text, scorer, budget, in_order, chosen.get("fetch"))
 
 
 def split_methods(text: str) -> tuple[str, ...]:
@@ -127,4 +151,6 @@ def _find(name: str) -> tuple[str, Callable[..., Any]]:
         return "scorer", scorer_class(name)
     if name in BUDGET_KINDS:
         return "budget", BUDGET_KINDS[name].select
-    raise UnknownNameError.of("method", name, {*ALIASES, *SCORERS, *BUDGET_KINDS})
+    if name in TRANSFORMS:
+        return "transform", transform_class(name)
+    raise UnknownNameError.of("method", name, {*ALIASES, *SCORERS, *BUDGET_KINDS, *TRANSFORMS})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvzip.budget import check_keep_ratio
 from kvzip.compress import CHUNK_LEN
-from kvzip.errors import InputError, UnknownNameError
+from kvzip.errors import BudgetError, InputError, UnknownNameError
 from kvzip.methods import parse_method
 
 DEFAULT_KEEP_RATIO = 0.3
@@ -18,8 +18,9 @@ LOCAL_FROM = 10_000  # tokens of a context from which "auto" replays locally: do
 class CompressOptions:
     """What `compress` takes besides the text.
 
-    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no compression. 0.3
-    where neither it nor `budget` is given.  budget: instead, a number of context pairs, or bytes as text ("64MiB").
+    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no eviction. 0.3
+    where neither it nor `budget` is given, 1 for a method that evicts nothing.  budget: instead, a number of context
+    pairs, or bytes as text ("64MiB").
     method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`).
     faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
     chunk_len: tokens replayed at a time.  replay_scope: what a replayed chunk sees of the context: "global" all of it,
@@ -34,7 +35,9 @@ class CompressOptions:
     replay_scope: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.keep_ratio is None and self.budget is None:
+        if parse_method(self.method).scorer is None:
+            self._check_that_all_stays()
+        elif self.keep_ratio is None and self.budget is None:
             object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
         if self.keep_ratio is not None:
             check_keep_ratio(self.keep_ratio)
@@ -42,7 +45,15 @@ class CompressOptions:
             raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
         if self.replay_scope not in REPLAY_SCOPES:
             raise UnknownNameError.of("replay scope", str(self.replay_scope), REPLAY_SCOPES)
-        parse_method(self.method)
+
+    def _check_that_all_stays(self) -> None:
+        if self.keep_ratio not in (None, 1) or self.budget is not None:
+            asked = f"keep_ratio {self.keep_ratio}" if self.budget is None else f"budget {self.budget!r}"
+            raise BudgetError(
+                f"{asked} can't be reached by method {self.method!r}, which evicts nothing: leave it out, or put a "
+                f"scorer first, as in 'kvzip+{self.method}'"
+            )
+        object.__setattr__(self, "keep_ratio", 1.0)
 
     def replays_locally(self, context_len: int) -> bool:
         """Whether a context of that many tokens is replayed chunk by chunk, each without the others."""

@@ -53,7 +53,7 @@ class Option:
     def allowed(self) -> str:
         """What may be given, in words."""
         if typing.get_origin(self.type) is Literal:
-            return "one of " + ", ".join(typing.get_args(self.type))
+            return "one of " + ", ".join(map(str, typing.get_args(self.type)))
         several = typing.get_origin(self.type) is tuple
         kind = f"whole numbers joined by {LIST_MARK}" if several else _NUMBERS[self.type]
         return ", ".join(filter(None, (kind, str(self.range))))
@@ -76,7 +76,7 @@ class Option:
     def _convert(self, text: str) -> Any:
         """The value, or None where it is of another type."""
         if typing.get_origin(self.type) is Literal:
-            return text if text in typing.get_args(self.type) else None
+            return next((choice for choice in typing.get_args(self.type) if str(choice) == text), None)
         try:
             if typing.get_origin(self.type) is tuple:
                 return tuple(sorted({int(number) for number in text.split(LIST_MARK)})) if text else ()

@@ -118,7 +118,7 @@ class Session:
     def _restore(self, saved: SavedTail) -> None:
         for layer, keys, values in zip(self.cache.layers, saved.keys, saved.values, strict=True):
             if keys.shape[2]:
-                like = layer.context.keys
+                like = layer.context
                 layer.update(keys.to(like.device, like.dtype), values.to(like.device, like.dtype))
         self._ids, self._starts, self.turns = (
             saved.token_ids.tolist(),
@@ -144,5 +144,5 @@ class Session:
 
 
 def _empty_tail(layer: Any) -> torch.Tensor:
-    like = layer.context.keys
-    return like.new_zeros(1, layer.context.num_kv_heads, 0, like.shape[-1])
+    like = layer.context
+    return torch.zeros(1, like.num_kv_heads, 0, like.head_dim, dtype=like.dtype, device=like.device)

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -26,13 +26,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvzip.context import ContextInfo, RaggedContext, RaggedLayer, SavedTail
+from kvzip.context import ContextInfo, Pairs, RaggedContext, RaggedLayer, SavedTail
 from kvzip.errors import FileError, FormatError, InputError, ModelMismatchError
+from kvzip.ops.quantize import AXES, BITS, Axis, Layout, QuantizedPairs
 from kvzip.ops.ragged import unpack_bits
 
-FORMAT_VERSION = 1
+PLAIN_VERSION, FORMAT_VERSION = "1", "2"  # a file without `storage`, which older readers know too, and one with it
 MAX_HEADER_NBYTES = 1 << 24
 MAX_HEAD_DIM = 1 << 16
+MAX_GROUP_SIZE = 1 << 16
 MAX_JSON_DEPTH = 16
 KV_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**KV_DTYPES, "I32": torch.int32, "U8": torch.uint8}
@@ -41,6 +43,7 @@ REMAKE = "make the file again with `kvzip compress`"
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 Spec: TypeAlias = tuple[str, tuple[int, ...]]  # dtype code, shape
+Layouts: TypeAlias = tuple[Layout | None, Layout | None]  # of keys and values; None = numbers as they are
 _safe_open: Callable[..., Any] = safe_open  # the library's own types are not complete
 
 
@@ -51,6 +54,7 @@ class FileInfo:
     windows: sliding window of each layer in tokens, None in a full-attention layer.  kv_nbytes: bytes of keys,
     values, offsets and biases of all layers.  has_tail: whether a session was stored beside the context.
     turns: its (question, answer) pairs.  turn_starts: how many tokens of the tail came before each turn.
+    storage: how the pairs are stored.
     """
 
     info: ContextInfo
@@ -61,6 +65,24 @@ class FileInfo:
     has_tail: bool
     turns: tuple[tuple[str, str], ...]
     turn_starts: tuple[int, ...]
+    storage: Storage
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the pairs of a file are stored.
+
+    code: dtype code of what they are read as, and of the tail.  levels: for each layer the layouts of its levels.
+    """
+
+    code: str
+    levels: tuple[tuple[Layouts, ...], ...]
+
+    def named(self) -> Iterator[tuple[int, str, Layouts]]:
+        """(layer, what the names of its tensors begin with, layouts) of each level, in order."""
+        for layer, levels in enumerate(self.levels):
+            for level, layouts in enumerate(levels):
+                yield layer, f"layers.{layer}" + (f".{level}" if level else ""), layouts
 
 
 class _Refused(Exception):
@@ -82,7 +104,8 @@ def write(path: StrPath, context: RaggedContext, tail: SavedTail | None = None) 
     try:
         specs = {name: (CODES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
         metadata = _metadata_of(context, tail)
-        _check_contents(tensors, _check_header(metadata, specs).windows)
+        checked = _check_header(metadata, specs)
+        _check_contents(tensors, checked.windows, checked.storage)
         metadata["sha256"] = _digest(metadata, specs, tensors)
         header = _header(metadata, specs, tensors)
     except (_Refused, TypeError, ValueError, RecursionError) as error:
@@ -108,7 +131,7 @@ def read(path: StrPath, *, verify: bool = True) -> tuple[RaggedContext, SavedTai
         tensors: dict[str, Tensor] = {name: mapped.get_tensor(name) for name in specs}
         if verify and metadata.get("sha256") != _digest(metadata, specs, tensors):
             raise _Refused("its sha256 does not match its contents, so it is damaged")
-        _check_contents(tensors, header.windows)
+        _check_contents(tensors, header.windows, header.storage)
         return _context_of(tensors, header), _tail_of(tensors, header)
 
 
@@ -129,15 +152,33 @@ def check_fingerprint(info: ContextInfo, fingerprint: str, path: StrPath) -> Non
 def _tensors_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, Tensor]:
     """All tensors by name, in the order of the file: wide dtypes first, so that each is aligned."""
     tensors = {name: getattr(context, name) for name in ("prefix_ids", "context_ids", "kept_bits", "ranks")}
-    for i, layer in enumerate(context.layers):
-        tensors |= {f"layers.{i}.keys": layer.keys, f"layers.{i}.values": layer.values}
-        tensors |= {f"layers.{i}.cu_seqlens": layer.cu_seqlens, f"layers.{i}.bias": layer.bias}
+    levels = (level for layer in context.layers for level in layer.levels)
+    for level, (_, name, _) in zip(levels, _storage_of(context).named(), strict=True):
+        tensors |= _pairs_tensors(f"{name}.keys", level.keys) | _pairs_tensors(f"{name}.values", level.values)
+        tensors |= {f"{name}.cu_seqlens": level.cu_seqlens, f"{name}.bias": level.bias}
     if tail is not None:
         tensors["tail.token_ids"] = tail.token_ids
         tensors |= {f"tail.{i}.keys": keys for i, keys in enumerate(tail.keys)}
         tensors |= {f"tail.{i}.values": values for i, values in enumerate(tail.values)}
     present = [(name, tensor.detach()) for name, tensor in tensors.items() if tensor is not None]
     return dict(sorted(present, key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def _pairs_tensors(name: str, pairs: Pairs) -> dict[str, Tensor]:
+    if isinstance(pairs, Tensor):
+        return {name: pairs}
+    return {name: pairs.codes, f"{name}.scales": pairs.scales, f"{name}.zeros": pairs.zeros}
+
+
+def _storage_of(context: RaggedContext) -> Storage:
+    levels = tuple(
+        tuple((_layout_of(level.keys), _layout_of(level.values)) for level in layer.levels) for layer in context.layers
+    )
+    return Storage(CODES.get(context.dtype, str(context.dtype)), levels)
+
+
+def _layout_of(pairs: Pairs) -> Layout | None:
+    return None if isinstance(pairs, Tensor) else pairs.layout
 
 
 def _metadata_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, str]:
@@ -149,18 +190,35 @@ def _metadata_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, st
         "windows": [layer.window for layer in context.layers],
         "turns": [[*turn, start] for turn, start in zip(turns, starts, strict=True)],
     }
+    storage = _storage_of(context)
+    is_plain = all(levels == ((None, None),) for levels in storage.levels)
+    if not is_plain:
+        values["storage"] = asdict(storage)
     texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
-    return {"format": "kvzip", "format_version": str(FORMAT_VERSION)} | texts
+    return {"format": "kvzip", "format_version": PLAIN_VERSION if is_plain else FORMAT_VERSION} | texts
 
 
 def _context_of(tensors: Mapping[str, Tensor], header: FileInfo) -> RaggedContext:
-    def layer(i: int, window: int | None) -> RaggedLayer:
-        keys, values, offsets = (tensors[f"layers.{i}.{kind}"] for kind in ("keys", "values", "cu_seqlens"))
-        return RaggedLayer(keys, values, offsets, window, tensors.get(f"layers.{i}.bias"))
-
-    layers = tuple(layer(i, window) for i, window in enumerate(header.windows))
+    storage, layers = header.storage, dict[int, RaggedLayer]()
+    for i, name, (keys, values) in reversed(list(storage.named())):  # the lowest level of a layer first
+        layers[i] = RaggedLayer(
+            _pairs_of(tensors, f"{name}.keys", keys, storage.code),
+            _pairs_of(tensors, f"{name}.values", values, storage.code),
+            tensors[f"{name}.cu_seqlens"],
+            header.windows[i],
+            tensors.get(f"{name}.bias"),
+            layers.get(i),
+        )
     prefix_ids, context_ids, bits = (tensors[name] for name in ("prefix_ids", "context_ids", "kept_bits"))
-    return RaggedContext(layers, prefix_ids, context_ids, bits, tensors.get("ranks"), header.info)
+    ordered = tuple(layers[i] for i in sorted(layers))
+    return RaggedContext(ordered, prefix_ids, context_ids, bits, tensors.get("ranks"), header.info)
+
+
+def _pairs_of(tensors: Mapping[str, Tensor], name: str, layout: Layout | None, code: str) -> Pairs:
+    if layout is None:
+        return tensors[name]
+    scales, zeros = tensors[f"{name}.scales"], tensors[f"{name}.zeros"]
+    return QuantizedPairs(tensors[name], scales, zeros, layout, DTYPES[code])
 
 
 def _tail_of(tensors: Mapping[str, Tensor], header: FileInfo) -> SavedTail | None:
@@ -176,12 +234,14 @@ def _check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> Fil
     if metadata.get("format") != "kvzip":
         raise _Refused("kvzip did not write it")
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
-        is_later = version.isascii() and version.isdecimal() and int(version[:9]) > FORMAT_VERSION
-        reason = f"its format version is {_short(version)}, this kvzip reads version {FORMAT_VERSION}"
+    if version not in (PLAIN_VERSION, FORMAT_VERSION):
+        is_later = version.isascii() and version.isdecimal() and int(version[:9]) > int(FORMAT_VERSION)
+        reason = f"its format version is {_short(version)}, this kvzip reads versions up to {FORMAT_VERSION}"
         raise _Refused(reason, "upgrade kvzip: pip install -U kvzip" if is_later else REMAKE)
     windows, turns = _parse(metadata, "windows", list, _is_window), _parse(metadata, "turns", list, _is_turn)
-    _check_specs(specs, windows)
+    plain = Storage(specs.get("layers.0.keys", ("", ()))[0], (((None, None),),) * len(windows))
+    storage = plain if version == PLAIN_VERSION else _storage_in(metadata)
+    _check_specs(specs, windows, storage)
     has_tail = "tail.token_ids" in specs
     bounds = [0, *(start for _, _, start in turns), specs["tail.token_ids"][1][0] if has_tail else 0]
     if bounds != sorted(bounds):
@@ -196,7 +256,36 @@ def _check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> Fil
         has_tail=has_tail,
         turns=tuple((question, answer) for question, answer, _ in turns),
         turn_starts=tuple(bounds[1:-1]),
+        storage=storage,
     )
+
+
+def _storage_in(metadata: Mapping[str, str]) -> Storage:
+    """What the `storage` of a file says; its layers are not compared with anything yet."""
+    content = _parse(metadata, "storage", dict, lambda key: True)
+    code, layers = content.get("code"), content.get("levels")
+    if code not in KV_DTYPES or not isinstance(layers, list) or not all(isinstance(x, list) and x for x in layers):
+        raise _Refused("its 'storage' lacks a dtype or the levels of its layers")
+    return Storage(code, tuple(tuple(_layouts_in(level) for level in levels) for levels in layers))
+
+
+def _layouts_in(level: Any) -> Layouts:
+    if not isinstance(level, list) or len(level) != 2:
+        raise _Refused("its 'storage' has a level that is not a pair of layouts")
+    keys, values = (None if layout is None else _layout_in(layout) for layout in level)
+    return keys, values
+
+
+def _layout_in(content: Any) -> Layout:
+    if not isinstance(content, dict):
+        raise _Refused("its 'storage' has a layout that is not an object")
+    bits, group_size = content.get("bits"), content.get("group_size")
+    axis: Axis | None = next((known for known in AXES if known == content.get("axis")), None)
+    if bits not in BITS or axis is None or type(group_size) is not int:
+        raise _Refused("its 'storage' has a layout with unknown members")
+    if not 0 < group_size <= MAX_GROUP_SIZE:
+        raise _Refused(f"its 'storage' has a group size of {group_size}, allowed: 1 to {MAX_GROUP_SIZE}")
+    return Layout(bits, axis, group_size)
 
 
 def _is_window(value: Any) -> bool:
@@ -236,18 +325,20 @@ def _is_plain(value: Any, depth: int) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None]) -> None:
+def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None], storage: Storage) -> None:
     """Exactly the tensors of the format, each of the dtype and shape that the others ask for."""
-    kv_code = specs.get("layers.0.keys", ("", ()))[0]
-    if kv_code not in KV_DTYPES or 3 * len(windows) > len(specs):
+    kv_code = storage.code
+    if kv_code not in KV_DTYPES or len(storage.levels) != len(windows) or 3 * len(windows) > len(specs):
         raise _Refused(f"it lacks keys for {len(windows)} layers in one of the dtypes {', '.join(KV_DTYPES)}")
     expected: dict[str, Spec] = {n: ("I32", _shape(specs, n, 1)) for n in ("prefix_ids", "context_ids")}
-    heads = []  # number and size of the KV heads of each layer
-    for i in range(len(windows)):
-        offsets, pairs = _shape(specs, f"layers.{i}.cu_seqlens", 1), _shape(specs, f"layers.{i}.keys", 2)
-        expected |= {f"layers.{i}.keys": (kv_code, pairs), f"layers.{i}.values": (kv_code, pairs)}
-        expected |= {f"layers.{i}.cu_seqlens": ("I32", offsets), f"layers.{i}.bias": ("F32", pairs[:1])}
-        heads.append((offsets[0] - 1, pairs[1]))
+    heads: list[tuple[int, int]] = []  # number and size of the KV heads of each layer
+    for i, name, layouts in storage.named():
+        found, head = _level_specs(specs, name, kv_code, layouts)
+        expected |= found
+        if i == len(heads):
+            heads.append(head)
+        if heads[i] != head or (windows[i] is not None and (layouts != (None, None) or len(storage.levels[i]) > 1)):
+            raise _Refused(f"the levels of layer {i} do not fit together")
     full = [size for size, window in zip(heads, windows, strict=True) if window is None]
     if len(set(full)) != 1 or not all(number > 0 and 0 < dim <= MAX_HEAD_DIM for number, dim in heads):
         raise _Refused("the numbers or sizes of its KV heads do not fit together")
@@ -265,34 +356,70 @@ def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None]) -> No
             raise _Refused(f"tensor {_short(name)} is {got}, expected {wanted}")
 
 
+def _level_specs(
+    specs: Mapping[str, Spec], name: str, kv_code: str, layouts: Layouts
+) -> tuple[dict[str, Spec], tuple[int, int]]:
+    """The tensors of one level as they must be, and the number and size of its KV heads."""
+    offsets, (num_pairs, width) = _shape(specs, f"{name}.cu_seqlens", 1), _shape(specs, f"{name}.keys", 2)
+    bits = layouts[0].bits if layouts[0] is not None else 8
+    head_dim = width * 8 // bits
+    expected: dict[str, Spec] = {f"{name}.cu_seqlens": ("I32", offsets), f"{name}.bias": ("F32", (num_pairs,))}
+    for kind, layout in zip(("keys", "values"), layouts, strict=True):
+        pairs = f"{name}.{kind}"
+        if layout is None:
+            expected[pairs] = (kv_code, (num_pairs, head_dim))
+            continue
+        try:
+            layout.check(head_dim)
+        except InputError as error:
+            raise _Refused(f"{pairs!r} can't be: {error}") from None
+        groups = _shape(specs, f"{pairs}.scales", 2)[0] if layout.axis == "channel" else num_pairs
+        scales = (groups, head_dim if layout.axis == "channel" else head_dim // layout.group_size)
+        expected[pairs] = ("U8", (num_pairs, head_dim * layout.bits // 8))
+        expected |= {f"{pairs}.scales": ("F16", scales), f"{pairs}.zeros": ("F16", scales)}
+    return expected, (offsets[0] - 1, head_dim)
+
+
 def _shape(specs: Mapping[str, Spec], name: str, num_dims: int) -> tuple[int, ...]:
     if name not in specs or len(specs[name][1]) != num_dims:
         raise _Refused(f"tensor {name!r} is {specs.get(name, 'missing')}, expected {num_dims} dimensions")
     return specs[name][1]
 
 
-def _check_contents(tensors: Mapping[str, Tensor], windows: Sequence[int | None]) -> None:
+def _check_contents(tensors: Mapping[str, Tensor], windows: Sequence[int | None], storage: Storage) -> None:
     """Offsets, ids and keep mask fit together. `_check_header` has passed."""
     for name in ("prefix_ids", "context_ids", "tail.token_ids"):
         if name in tensors and bool((tensors[name] < 0).any()):
             raise _Refused(f"{name!r} has a negative token id")
     prefix_len, context_len = tensors["prefix_ids"].numel(), tensors["context_ids"].numel()
-    full = []
-    for i, window in enumerate(windows):
-        offsets, num_pairs = tensors[f"layers.{i}.cu_seqlens"].cpu().long(), len(tensors[f"layers.{i}.keys"])
-        seqlens = offsets.diff()
-        if int(offsets[0]) != 0 or int(offsets[-1]) != num_pairs or bool((seqlens < 0).any()):
-            raise _Refused(f"the offsets of layer {i} must rise from 0 to its {num_pairs} pairs")
+    full: dict[int, Tensor] = {}
+    for i, name, layouts in storage.named():
+        seqlens, window = _seqlens_in(tensors, name, layouts), windows[i]
         if window is None:
-            full.append(seqlens)
+            full[i] = full[i] + seqlens if i in full else seqlens
         elif len(set(seqlens.tolist())) > 1 or int(seqlens[0]) > min(window, prefix_len + context_len):
             raise _Refused(f"the heads of sliding-window layer {i} do not hold the same last tokens")
-    bits, num_entries = tensors["kept_bits"].cpu(), len(full) * full[0].numel() * context_len
-    kept = unpack_bits(bits, (len(full), full[0].numel(), context_len)).sum(dim=-1)
-    if not torch.equal(kept + prefix_len, torch.stack(full)):
+    held = torch.stack(list(full.values()))
+    bits, num_entries = tensors["kept_bits"].cpu(), held.numel() * context_len
+    kept = unpack_bits(bits, (*held.shape, context_len)).sum(dim=-1)
+    if not torch.equal(kept + prefix_len, held):
         raise _Refused("its keep mask does not match the pairs that its heads hold")
     if num_entries % 8 and int(bits[-1]) >> num_entries % 8:
         raise _Refused("its keep mask has bits set after the last entry")
+
+
+def _seqlens_in(tensors: Mapping[str, Tensor], name: str, layouts: Layouts) -> Tensor:
+    """Pairs of each head of one level: [H] int64."""
+    offsets, num_pairs = tensors[f"{name}.cu_seqlens"].cpu().long(), len(tensors[f"{name}.keys"])
+    seqlens = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != num_pairs or bool((seqlens < 0).any()):
+        raise _Refused(f"the offsets of {name!r} must rise from 0 to its {num_pairs} pairs")
+    for kind, layout in zip(("keys", "values"), layouts, strict=True):
+        if layout is not None and layout.axis == "channel":
+            found, groups = len(tensors[f"{name}.{kind}.scales"]), layout.num_groups(tuple(offsets.tolist()))
+            if found != groups:
+                raise _Refused(f"'{name}.{kind}.scales' has {found} groups, its heads have {groups}")
+    return seqlens
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer, SavedTail
+from kvzip.ops.quantize import Layout, quantize
 from kvzip.ops.ragged import pack_bits
+
+Layouts = tuple[Layout | None, Layout | None]
 
 INFO = ContextInfo(
     model="tiny",
@@ -30,6 +33,7 @@ class Shape:
 
     windows: one a layer, None = full attention, at least one None.  keep: chance that a pair of the context is kept.
     tail_len: tokens of the stored session, or None for no session.  num_pending: 0 or 1 ids not yet in the tail.
+    levels: layouts of keys and values of each level of the full-attention layers, which share the pairs at random.
     """
 
     windows: tuple[int | None, ...] = (None, 5, None)
@@ -44,6 +48,7 @@ class Shape:
     tail_len: int | None = None
     num_pending: int = 0
     turns: tuple[tuple[str, str], ...] = ()
+    levels: tuple[Layouts, ...] = ((None, None),)
 
 
 def random_context(shape: Shape, seed: int = 0) -> tuple[RaggedContext, SavedTail | None]:
@@ -66,9 +71,22 @@ def _layer(shape: Shape, window: int | None, mask: Tensor | None, rng: torch.Gen
         seqlens = torch.full((shape.num_kv_heads,), num_recent)
     else:
         seqlens = mask.sum(dim=-1) + shape.prefix_len
+    first = shape.levels[:1] if mask is not None else ((None, None),)
+    layer = _level(shape, seqlens if len(shape.levels) == 1 or mask is None else seqlens // 2, window, first[0], rng)
+    if mask is None or len(shape.levels) == 1:
+        return layer
+    assert len(shape.levels) == 2
+    return replace(layer, lower=_level(shape, seqlens - seqlens // 2, window, shape.levels[1], rng))
+
+
+def _level(shape: Shape, seqlens: Tensor, window: int | None, layouts: Layouts, rng: torch.Generator) -> RaggedLayer:
     offsets = torch.cat([torch.zeros(1), seqlens.cumsum(0)]).to(torch.int32)
     num_pairs = int(offsets[-1])
-    keys, values = torch.randn(2, num_pairs, shape.head_dim, generator=rng).to(shape.dtype)
+    numbers = torch.randn(2, num_pairs, shape.head_dim, generator=rng).to(shape.dtype)
+    keys, values = (
+        pairs if layout is None else quantize(pairs, tuple(offsets.tolist()), layout)
+        for pairs, layout in zip(numbers, layouts, strict=True)
+    )
     bias = torch.randn(num_pairs, generator=rng) if shape.has_bias else None
     return RaggedLayer(keys, values, offsets, window, bias)
 

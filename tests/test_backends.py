@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvzip.backends import BACKENDS, get_backend, native, varlen
 from kvzip.context import RaggedLayer
 from kvzip.errors import BackendError, UnknownNameError
 from kvzip.ops import attention
+from kvzip.ops.quantize import Layout, quantize
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C compiler on this machine")
 NAMES = [pytest.param(name, marks=needs_compiler if name == "native" else ()) for name in sorted(BACKENDS)]
@@ -62,6 +64,59 @@ def test_decoding_is_attention_to_context_and_tail(name: str, tail_len: int) -> 
         rows = slice(2 * head, 2 * head + 2)
         expected, _ = attention.attend(query[:, rows], *whole, scale=0.2)
         torch.testing.assert_close(out[:, rows], expected, atol=1e-5, rtol=1e-5)
+
+
+LAYOUTS = [
+    (Layout(8, "token", 16), Layout(4, "token", 16)),
+    (Layout(4, "channel", 32), Layout(2, "token", 8)),
+    (Layout(2, "channel", 7), Layout(8, "channel", 64)),
+    (Layout(4, "channel", 64), None),
+]
+
+
+def in_levels(lengths: list[int], head_dim: int = 16, with_bias: bool = False) -> tuple[RaggedLayer, RaggedLayer]:
+    """A layer whose pairs stand in several precisions, and the same pairs as floats, one level."""
+    whole = [ragged_layer(lengths, seed, with_bias, head_dim) for seed in range(len(LAYOUTS))]
+    stored = None
+    for layer, (keys, values) in zip(reversed(whole), reversed(LAYOUTS), strict=True):
+        stored = RaggedLayer(
+            *(
+                t if layout is None else quantize(t, layer.offsets, layout)
+                for t, layout in ((layer.keys, keys), (layer.values, values))
+            ),
+            layer.cu_seqlens,
+            None,
+            layer.bias,
+            stored,
+        )
+    assert stored is not None
+    read = [level.dense() for level in stored.levels]
+    heads = [slice(a, b) for a, b in pairwise(whole[0].offsets)]
+    keys, values = (torch.cat([level[i][head] for head in heads for level in read]) for i in (0, 1))
+    biases = [torch.cat([layer.bias[head] for head in heads for layer in whole])] if with_bias else [None]
+    return stored, RaggedLayer(keys, values, whole[0].cu_seqlens * len(LAYOUTS), None, biases[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("lengths", [[40, 0, 3], [1300, 65, 700]])
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+@pytest.mark.parametrize("rows", [(1, 3, 1), (2, 7, 2), (1, 2, 40)])
+def test_pairs_in_several_precisions_equal_the_same_pairs_as_floats(
+    name: str, lengths: list[int], head_dim: int, rows: tuple[int, int, int]
+) -> None:
+    batch, groups, q_len = rows
+    for with_bias, softcap in ((True, None), (False, None), (False, 3.0)):
+        stored, floats = in_levels(lengths, head_dim, with_bias)
+        query = torch.randn(batch, 3 * groups, q_len, head_dim, generator=torch.Generator().manual_seed(4))
+        found = get_backend(name).attend_ragged(query, stored, scale=0.2, softcap=softcap)
+        expected = get_backend("reference").attend_ragged(query, floats, scale=0.2, softcap=softcap)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+        if batch == q_len == 1:
+            tail = torch.randn(2, 1, 3, 700, head_dim, generator=torch.Generator().manual_seed(5))
+            decoded = get_backend(name).decode(query, stored, *tail, scale=0.2, softcap=softcap)
+            expected_out = get_backend("reference").decode(query, floats, *tail, scale=0.2, softcap=softcap)
+            torch.testing.assert_close(decoded, expected_out, atol=2e-5, rtol=2e-5)
 
 
 @needs_compiler

@@ -27,7 +27,7 @@ from kvzip.scorers import SCORERS, get_scorer
 from kvzip.scorers.base import NEEDS, Observation, Reading
 
 FAMILIES = ["llama", "qwen2", "gemma3", "gemma2"]
-METHODS = [name for name in ALIASES if name != "kvzip-head"]
+METHODS = [name for name in ALIASES if name != "kvzip-head" and parse_method(name).scorer is not None]
 PROMPTS = RepeatPrompts(torch.arange(3, 9), torch.arange(9, 14), torch.arange(14, 18))
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
@@ -66,6 +66,13 @@ def random_ids(seed: int, length: int) -> torch.Tensor:
         ("tova", "last-query+uniform"),
         ("l2-norm:skip_layers=12/0/1", "key-norm:skip_layers=0/1/12+uniform"),
         ("random:seed=7", "random:seed=7+global"),
+        ("int4", "quantize"),
+        ("k8v4", "quantize:key_bits=8,key_axis=token"),
+        ("kvzip+int4", "reconstruction+global+quantize"),
+        ("int4+kvzip", "reconstruction+global+quantize"),
+        ("snapkv+int8+pyramid", "window+pyramid+quantize:key_bits=8,value_bits=8,key_axis=token"),
+        ("int8+int4:group_size=32", "quantize:group_size=32"),
+        ("quantize:key_bits=16,value_bits=2", "quantize:key_bits=16,value_bits=2"),
     ],
 )
 def test_a_name_with_options_has_one_canonical_form(name: str, composition: str) -> None:
@@ -80,14 +87,24 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
         "alpha": st.floats(0, 1), "beta": st.floats(1, 1e6), "epsilon": st.floats(0, 1), "seed": st.integers(0, 2**40),
         "reduce": st.sampled_from(["sum", "mean", "max"]), "pooling": st.sampled_from(["max", "avg"]),
         "num_sinks": st.integers(0, 9), "num_future": st.integers(1, 9), "skip_layers": st.just("0/2"),
+        "key_bits": st.sampled_from([16, 8, 4, 2]), "value_bits": st.sampled_from([16, 8, 4, 2]),
+        "key_axis": st.sampled_from(["token", "channel"]), "value_axis": st.sampled_from(["token", "channel"]),
+        "group_size": st.integers(1, 99),
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")
-    for whole in (text, f"{'window' if name == 'adakv' else name}+{budget}"):  # beside others, adakv is the budget
+    scorer = "" if parse_method(text).scorer else "+window"
+    for whole in (
+        text,
+        f"{'window' if name == 'adakv' else name}{scorer}+{budget}",
+    ):  # beside others, adakv is the budget
         method = parse_method(whole)
         again = parse_method(method.composition)
-        assert (again.scorer, again.budget) == (method.scorer, method.budget)
-    for option, value in [*parse_method(text).scorer.options, *parse_method(text).budget.options]:
+        assert (again.scorer, again.budget, again.transforms) == (method.scorer, method.budget, method.transforms)
+    method = parse_method(text)
+    for option, value in [
+        o for part in (method.scorer, method.budget, *method.transforms) if part for o in part.options
+    ]:
         assert value == ((0, 2) if option == "skip_layers" else given_options[option])
 
 

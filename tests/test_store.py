@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from kvzip import store
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer, SavedTail
 from kvzip.errors import FileError, FormatError, InputError, ModelMismatchError
+from kvzip.ops.quantize import Layout
 from kvzip.ops.ragged import pack_bits
 
 FIXTURE = Path(__file__).parent / "data" / "v1.kvz"
@@ -37,6 +39,11 @@ FULL_SHAPE = Shape(
     tail_len=6,
     num_pending=1,
     turns=(("Wer?", "Ärzte \U0001f600\n"), ("\ud83d lone", "")),
+)
+LEVELS_SHAPE = replace(
+    FULL_SHAPE,
+    head_dim=8,
+    levels=((Layout(8, "token", 4), Layout(4, "channel", 5)), (Layout(2, "channel", 3), Layout(2, "token", 8))),
 )
 Stored = tuple[RaggedContext, "SavedTail | None"]
 Parts = tuple[dict[str, str], dict[str, Tensor]]
@@ -49,7 +56,12 @@ def named(context: RaggedContext, tail: SavedTail | None) -> dict[str, Tensor | 
     """Every tensor of a context and its tail under a name."""
     tensors = {n: getattr(context, n) for n in ("prefix_ids", "context_ids", "kept_bits", "ranks")}
     for i, layer in enumerate(context.layers):
-        tensors |= {f"{i}.{n}": getattr(layer, n) for n in ("keys", "values", "cu_seqlens", "bias")}
+        for number, level in enumerate(layer.levels):
+            name = f"{i}.{number}"
+            tensors |= {f"{name}.cu_seqlens": level.cu_seqlens, f"{name}.bias": level.bias}
+            for kind, pairs in (("keys", level.keys), ("values", level.values)):
+                stored = {"": pairs} if isinstance(pairs, Tensor) else vars(pairs)
+                tensors |= {f"{name}.{kind}.{n}": t for n, t in stored.items() if isinstance(t, Tensor)}
     if tail is not None:
         tensors["ids"] = tail.token_ids
         tensors |= {f"tail.{i}.keys": t for i, t in enumerate(tail.keys)}
@@ -63,12 +75,22 @@ def bits(tensor: Tensor | None) -> Any:
     return tensor.dtype, tuple(tensor.shape), bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
+def both(level: RaggedLayer) -> tuple[Any, Any]:
+    return level.keys, level.values
+
+
 def same(a: Stored, b: Stored) -> bool:
     """Equal bit for bit, info, windows and turns included."""
     tensors_a, tensors_b = named(*a), named(*b)
     if tensors_a.keys() != tensors_b.keys() or a[0].info != b[0].info:
         return False
-    if [layer.window for layer in a[0].layers] != [layer.window for layer in b[0].layers]:
+    if [(layer.window, layer.dtype) for layer in a[0].layers] != [(x.window, x.dtype) for x in b[0].layers]:
+        return False
+    layouts = [
+        [store._layout_of(pairs) for layer in c.layers for level in layer.levels for pairs in both(level)]
+        for c, _ in (a, b)
+    ]
+    if layouts[0] != layouts[1]:
         return False
     words = [(t and (t.turns, t.turn_starts)) for _, t in (a, b)]
     return words[0] == words[1] and all(bits(tensors_a[n]) == bits(tensors_b[n]) for n in tensors_a)
@@ -113,8 +135,23 @@ def assert_refused(path: Path, words: str = "", *, verify: bool = True) -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[Path, Stored]:
-    path = tmp_path / "doc.kvz"
-    context, tail = random_context(FULL_SHAPE)
+    return put_away(tmp_path, FULL_SHAPE)
+
+
+@pytest.fixture
+def in_levels(tmp_path: Path) -> tuple[Path, Stored]:
+    """A file of format version 2."""
+    return put_away(tmp_path, LEVELS_SHAPE)
+
+
+@pytest.fixture(params=[FULL_SHAPE, LEVELS_SHAPE], ids=["plain", "levels"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Stored]:
+    return put_away(tmp_path, request.param)
+
+
+def put_away(folder: Path, shape: Shape) -> tuple[Path, Stored]:
+    path = folder / "doc.kvz"
+    context, tail = random_context(shape)
     store.write(path, context, tail)
     return path, (context, tail)
 
@@ -142,6 +179,18 @@ shapes = st.builds(
     num_pending=st.integers(0, 1),
     turns=st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), max_size=3).map(tuple),
 )
+layouts = st.none() | st.builds(
+    Layout,
+    bits=st.sampled_from([8, 4, 2]),
+    axis=st.sampled_from(["token", "channel"]),
+    group_size=st.sampled_from([4, 8]),
+)
+shapes |= shapes.flatmap(
+    lambda shape: st.builds(
+        lambda levels: replace(shape, head_dim=8, levels=tuple(levels)),
+        st.lists(st.tuples(layouts, layouts), min_size=1, max_size=2),
+    )
+)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -162,9 +211,9 @@ def test_bits_survive_that_are_not_numbers(tmp_path: Path) -> None:
     assert same(store.read(tmp_path / "doc.kvz"), (context, tail))
 
 
-def test_the_same_context_gives_the_same_bytes(stored: tuple[Path, Stored], tmp_path: Path) -> None:
-    store.write(tmp_path / "again.kvz", *store.read(stored[0]))
-    assert (tmp_path / "again.kvz").read_bytes() == stored[0].read_bytes()
+def test_the_same_context_gives_the_same_bytes(either: tuple[Path, Stored], tmp_path: Path) -> None:
+    store.write(tmp_path / "again.kvz", *store.read(either[0]))
+    assert (tmp_path / "again.kvz").read_bytes() == either[0].read_bytes()
 
 
 def test_tensors_that_share_storage_or_are_strided(tmp_path: Path) -> None:
@@ -179,8 +228,8 @@ def test_tensors_that_share_storage_or_are_strided(tmp_path: Path) -> None:
     assert same(store.read(tmp_path / "doc.kvz"), (context, shared))
 
 
-def test_a_file_may_be_written_over_the_one_it_was_read_from(stored: tuple[Path, Stored]) -> None:
-    path, original = stored
+def test_a_file_may_be_written_over_the_one_it_was_read_from(either: tuple[Path, Stored]) -> None:
+    path, original = either
     opened = store.read(path)
     store.write(path, opened[0])
     assert same(opened, original)
@@ -196,9 +245,10 @@ def test_a_link_stays_a_link(stored: tuple[Path, Stored], tmp_path: Path) -> Non
     assert same(store.read(stored[0]), (context, None))
 
 
-def test_it_is_a_plain_safetensors_file(stored: tuple[Path, Stored]) -> None:
-    metadata, tensors = parts_of(stored[0])
-    assert bits(tensors["layers.0.keys"]) == bits(stored[1][0].layers[0].keys)
+def test_it_is_a_plain_safetensors_file(either: tuple[Path, Stored]) -> None:
+    metadata, tensors = parts_of(either[0])
+    keys = either[1][0].layers[0].keys
+    assert bits(tensors["layers.0.keys"]) == bits(keys if isinstance(keys, Tensor) else keys.codes)
     assert metadata["format"] == "kvzip"
     assert metadata["sha256"] == digest_by_the_page(metadata, tensors)
 
@@ -338,9 +388,9 @@ def test_no_permission(stored: tuple[Path, Stored], tmp_path: Path) -> None:
 
 def test_a_later_version_asks_for_an_upgrade(stored: tuple[Path, Stored]) -> None:
     metadata, tensors = parts_of(stored[0])
-    forge(stored[0], metadata | {"format_version": "2", "windows": "new rules"}, tensors)
+    forge(stored[0], metadata | {"format_version": "3", "windows": "new rules"}, tensors)
     for reader in (store.read, store.read_info):
-        with pytest.raises(FormatError, match=r"'2'.*reads version 1.*pip install -U kvzip"):
+        with pytest.raises(FormatError, match=r"'3'.*reads versions up to 2.*pip install -U kvzip"):
             reader(stored[0])
 
 
@@ -448,13 +498,13 @@ REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
     (edit_tensor("layers.0.cu_seqlens", lambda t: t[:1]), ""),
     (edit_tensor("layers.0.cu_seqlens", lambda t: t[:0]), ""),
     (edit_tensor("layers.0.cu_seqlens", lambda t: t[[0, 2]]), ""),
-    (edit_tensor("layers.0.cu_seqlens", put(0, 1)), "offsets of layer 0"),
-    (edit_tensor("layers.0.cu_seqlens", put(1, -1)), "offsets of layer 0"),
-    (edit_tensor("layers.0.cu_seqlens", put(1, 2**31 - 1)), "offsets of layer 0"),
-    (edit_tensor("layers.0.cu_seqlens", put(2, 5)), "offsets of layer 0"),
+    (edit_tensor("layers.0.cu_seqlens", put(0, 1)), "offsets of 'layers.0'"),
+    (edit_tensor("layers.0.cu_seqlens", put(1, -1)), "offsets of 'layers.0'"),
+    (edit_tensor("layers.0.cu_seqlens", put(1, 2**31 - 1)), "offsets of 'layers.0'"),
+    (edit_tensor("layers.0.cu_seqlens", put(2, 5)), "offsets of 'layers.0'"),
     (edit_tensor("layers.0.cu_seqlens", put(1, 3)), "keep mask"),
     (edit_tensor("layers.1.cu_seqlens", put(1, 3)), "sliding-window layer 1"),
-    (edit_tensor("layers.1.cu_seqlens", lambda t: t - torch.arange(3, dtype=torch.int32)), "offsets of layer 1"),
+    (edit_tensor("layers.1.cu_seqlens", lambda t: t - torch.arange(3, dtype=torch.int32)), "offsets of 'layers.1'"),
     (edit_tensor("kept_bits", lambda t: t ^ 1), "keep mask"),
     (edit_tensor("kept_bits", lambda t: t | put(-1, 128)(torch.zeros_like(t))), "after the last entry"),
     *((edit_tensor(name, put(-1, -1)), name) for name in ("prefix_ids", "context_ids", "tail.token_ids")),
@@ -464,6 +514,54 @@ REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
     (edit_tensor("tail.0.keys", lambda t: t[0]), "tail.0.keys"),
     (each(lambda t: torch.cat([t, t]), kinds="tail.0.keys tail.0.values"), "tail.0"),
 ]
+
+
+def edit_storage(change: Callable[[Any], None]) -> Callable[[Parts], None]:
+    def edit(parts: Parts) -> None:
+        content = json.loads(parts[0]["storage"])
+        change(content)
+        parts[0]["storage"] = json.dumps(content)
+
+    return edit
+
+
+def put_layout(**changes: Any) -> Callable[[Parts], None]:
+    """Change the layout of the keys of the first level."""
+    return edit_storage(lambda content: content["levels"][0][0][0].update(changes))
+
+
+STORAGE_REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
+    *((edit_meta("storage", v), "storage") for v in (None, "", "[]", "null", '{"code":"F32"}', '{"levels":[]}')),
+    *((edit_storage(lambda c, v=v: c.update(code=v)), "") for v in ("F64", "U8", None, 1, "BF16", ["F32"])),
+    *((edit_storage(lambda c, v=v: c.update(levels=v)), "") for v in (None, {}, [], [[]], [[[None, None]]], [1, 2, 3])),
+    (edit_storage(lambda c: c["levels"].append(c["levels"][0])), ""),
+    (edit_storage(lambda c: c["levels"][0].append(c["levels"][0][0])), "layers.0.2"),
+    (edit_storage(lambda c: c["levels"][0].pop()), "layers.0.1"),
+    (edit_storage(lambda c: c["levels"].__setitem__(1, c["levels"][0])), ""),
+    (edit_storage(lambda c: c["levels"][0][0].append(None)), "pair of layouts"),
+    (edit_storage(lambda c: c["levels"][0][0].__setitem__(0, None)), "U8"),
+    (edit_storage(lambda c: c["levels"][0][0].__setitem__(0, [8])), "not an object"),
+    *((put_layout(bits=v), "") for v in (16, 4, 0, -8, "8", None, True, 8.5)),
+    *((put_layout(axis=v), "") for v in ("channel", "row", None, 1, [])),
+    *((put_layout(group_size=v), "") for v in (8, 3, 0, -4, 1 << 40, "4", None, True, 4.0)),
+    *((edit_tensor(f"layers.0.keys.{n}", shorten), "layers.0.keys") for n in ("scales", "zeros")),
+    *((edit_tensor(f"layers.0.keys.{n}", None), "layers.0.keys") for n in ("scales", "zeros")),
+    *((edit_tensor(f"layers.0.values.{n}", of_type(torch.float32)), "F16") for n in ("scales", "zeros")),
+    (each(lambda t: torch.cat([t, t]), kinds="layers.0.values.scales layers.0.values.zeros"), "groups"),
+    (edit_tensor("layers.0.1.cu_seqlens", put(1, 3)), ""),
+    (edit_tensor("layers.0.1.cu_seqlens", put(1, -1)), "offsets of 'layers.0.1'"),
+    (edit_tensor("layers.0.1.keys", of_type(torch.int32)), "I32"),
+    (edit_tensor("layers.0.1.keys", lambda t: t[:, :1].contiguous()), ""),
+    *((add(name), name) for name in ("layers.0.2.keys", "layers.0.0.keys", "layers.1.keys.scales", "layers.0.1.x")),
+    (edit_meta("format_version", "1"), ""),
+]
+
+
+@pytest.mark.parametrize(("edit", "words"), STORAGE_REFUSALS, ids=[str(i) for i in range(len(STORAGE_REFUSALS))])
+def test_refusals_of_what_is_said_of_storage(
+    in_levels: tuple[Path, Stored], edit: Callable[[Parts], None], words: str
+) -> None:
+    test_refusals_with_a_right_sha256(in_levels, edit, words)
 
 
 @pytest.mark.parametrize(("edit", "words"), REFUSALS, ids=[str(i) for i in range(len(REFUSALS))])
@@ -480,9 +578,9 @@ def test_refusals_with_a_right_sha256(stored: tuple[Path, Stored], edit: Callabl
     assert "sha256" not in str(caught.value)
 
 
-def test_the_forger_itself_is_believed(stored: tuple[Path, Stored]) -> None:
-    forge(stored[0], *parts_of(stored[0]))
-    assert same(store.read(stored[0]), stored[1])
+def test_the_forger_itself_is_believed(either: tuple[Path, Stored]) -> None:
+    forge(either[0], *parts_of(either[0]))
+    assert same(store.read(either[0]), either[1])
 
 
 def test_later_keys_in_the_info_are_ignored(stored: tuple[Path, Stored]) -> None:
@@ -542,8 +640,8 @@ def read_or_refuse(path: Path, content: bytes, original: Stored) -> None:
         assert "\n" not in message
 
 
-def test_truncated_anywhere(stored: tuple[Path, Stored]) -> None:
-    path, _ = stored
+def test_truncated_anywhere(either: tuple[Path, Stored]) -> None:
+    path, _ = either
     content = path.read_bytes()
     lengths = [*range(0, len(content), 23), *range(len(content) - 40, len(content)), *range(40)]
     for length in lengths:
@@ -553,8 +651,8 @@ def test_truncated_anywhere(stored: tuple[Path, Stored]) -> None:
     assert_refused(path)
 
 
-def test_flipped_bits_anywhere(stored: tuple[Path, Stored]) -> None:
-    path, original = stored
+def test_flipped_bits_anywhere(either: tuple[Path, Stored]) -> None:
+    path, original = either
     content, rng = path.read_bytes(), random.Random(0)
     header_len = int.from_bytes(content[:8], "little")
     for round_ in range(500):
@@ -608,8 +706,8 @@ def mutate(value: Any, rng: random.Random) -> Any:
     return rng.choice(JUNK)
 
 
-def test_mutated_headers(stored: tuple[Path, Stored]) -> None:
-    path, original = stored
+def test_mutated_headers(either: tuple[Path, Stored]) -> None:
+    path, original = either
     content, rng = path.read_bytes(), random.Random(0)
     start = 8 + int.from_bytes(content[:8], "little")
     entries = json.loads(content[8:start])
@@ -617,8 +715,8 @@ def test_mutated_headers(stored: tuple[Path, Stored]) -> None:
         read_or_refuse(path, raw(mutate(entries, rng), content[start:]), original)
 
 
-def test_mutated_metadata_with_a_right_sha256(stored: tuple[Path, Stored]) -> None:
-    path, _ = stored
+def test_mutated_metadata_with_a_right_sha256(either: tuple[Path, Stored]) -> None:
+    path, _ = either
     metadata, tensors = parts_of(path)
     rng = random.Random(0)
     for _ in range(200):

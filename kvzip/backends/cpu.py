@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from kvzip.backends.reference import ReferenceBackend, fold_batch, unfold_batch
+from kvzip.backends.reference import ReferenceBackend, blocks_of, fold_batch, unfold_batch
 from kvzip.context import RaggedLayer
 
 MIN_ROWS = 32  # query rows of a KV head from which PyTorch's kernel uses several threads by itself
@@ -40,32 +42,35 @@ class CPUBackend(ReferenceBackend):
         out, lse = _call(rows, keys, values, scale=scale)
         return out.reshape(batch, num_heads, q_len, head_dim), lse.reshape(batch, num_heads, q_len)
 
-    def attend_ragged(
+    def attend_level(
         self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        if softcap is not None or layer.keys.device.type != "cpu":
-            return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
+        if softcap is not None or layer.device.type != "cpu":
+            return super().attend_level(query, layer, scale=scale, softcap=softcap)
         rows = fold_batch(query, layer.num_kv_heads)
         parts = [_attend_head(rows[head], layer, head, scale) for head in range(layer.num_kv_heads)]
         return unfold_batch(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]), query)
 
 
 def _attend_head(rows: Tensor, layer: RaggedLayer, head: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The rows [R, D] of one KV head: ([R, D], [R]). Few rows see many keys in parts, so that more threads are used."""
-    start, end = layer.offsets[head], layer.offsets[head + 1]
-    if start == end:
+    """The rows [R, D] of one KV head: ([R, D], [R])."""
+    parts = [part for block in blocks_of(layer, head) for part in _attend_block(rows, *block, scale)]
+    if not parts:
         return torch.zeros_like(rows), torch.full(rows.shape[:1], -torch.inf)
-    bias = None if layer.bias is None else layer.bias[start:end].to(rows.dtype)
-    keys, values = layer.keys[start:end], layer.values[start:end]
-    split = NUM_PARTS if len(rows) < MIN_ROWS and end - start >= MIN_SPLIT else 1
-    part_len = (end - start) // split
-    out, lse = _attend_parts(rows, keys, values, bias, split, part_len, scale)
-    rest = split * part_len
-    if rest < end - start:
-        bias = None if bias is None else bias[rest:]
-        more = _attend_parts(rows, keys[rest:], values[rest:], bias, 1, end - start - rest, scale)
-        out, lse = torch.cat([out, more[0]]), torch.cat([lse, more[1]])
-    return _join(out, lse)
+    return _join(torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]))
+
+
+def _attend_block(
+    rows: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts ([n, R, D], [n, R]). Few rows see many keys in parts, so that more threads are used."""
+    bias = None if bias is None else bias.to(rows.dtype)
+    split = NUM_PARTS if len(rows) < MIN_ROWS and len(keys) >= MIN_SPLIT else 1
+    part_len = len(keys) // split
+    yield _attend_parts(rows, keys, values, bias, split, part_len, scale)
+    if rest := len(keys) - split * part_len:
+        bias = None if bias is None else bias[-rest:]
+        yield _attend_parts(rows, keys[-rest:], values[-rest:], bias, 1, rest, scale)
 
 
 def _attend_parts(

@@ -25,19 +25,20 @@ _MASKS: WeakKeyDictionary[RaggedLayer, dict[int, BlockMask]] = WeakKeyDictionary
 class FlexBackend(ReferenceBackend):
     """Ragged keys in one FlexAttention call a layer: rows and keys of all heads side by side, each head its own block.
 
-    Dense keys as the reference does.
+    Dense keys as the reference does. Quantized pairs are read a layer at a time.
     """
 
-    def attend_ragged(
+    def attend_level(
         self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        if layer.keys.shape[0] == 0:
-            return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
+        if layer.offsets[-1] == 0:
+            return super().attend_level(query, layer, scale=scale, softcap=softcap)
         rows = fold_batch(query, layer.num_kv_heads)
+        keys, values = layer.dense()
         out, aux = _attention(query.device.type)(
             rows.reshape(1, 1, -1, rows.shape[2]),
-            layer.keys[None, None],
-            layer.values[None, None],
+            keys[None, None],
+            values[None, None],
             score_mod=_score_mod(layer.bias, softcap),
             block_mask=_block_mask(layer, rows.shape[1]),
             scale=scale,
@@ -74,13 +75,13 @@ def _block_mask(layer: RaggedLayer, num_rows: int) -> BlockMask:
     """Row r belongs to head r // num_rows and sees the keys of that head. Made once a layer and number of rows."""
     masks = _MASKS.setdefault(layer, {})
     if num_rows not in masks:
-        device = layer.keys.device
+        device = layer.device
         seqlens = layer.cu_seqlens.diff()
         head_of_key = torch.repeat_interleave(torch.arange(len(seqlens), device=device), seqlens.to(device))
 
         def same_head(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return q_idx // num_rows == head_of_key[kv_idx]
 
-        sizes = layer.num_kv_heads * num_rows, layer.keys.shape[0]
+        sizes = layer.num_kv_heads * num_rows, layer.offsets[-1]
         masks[num_rows] = create_block_mask(same_head, None, None, *sizes, device=str(device))
     return masks[num_rows]

@@ -12,25 +12,99 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvzip.backends.cpu import CPUBackend
 from kvzip.backends.reference import fold_batch, unfold_batch
-from kvzip.context import RaggedLayer
+from kvzip.context import Pairs, RaggedLayer
 from kvzip.errors import BackendError
 from kvzip.models.cache import cache_dir
+from kvzip.ops.quantize import QuantizedPairs
 
 PART = 512  # keys of a part, as in ragged.c
 MAX_DIM = 512  # as in ragged.c
 MAX_ROWS = 512  # query rows of a KV head; beyond that the matrix products of the `cpu` backend are faster
+MAX_CODED_ROWS = 64  # the same for quantized pairs, which are read anew for each eight rows
 SOURCES = ("ragged.c", "ragged_rows.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 Kernel = Callable[..., None]
+
+
+class Store(ctypes.Structure):
+    """As in ragged.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
+        *((name, ctypes.c_int32) for name in ("bits", "group_size", "per_channel")),
+    )
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> Store:
+        if isinstance(pairs, Tensor):
+            return cls(pairs.data_ptr(), None, None, 32, 0, 0)
+        layout = pairs.layout
+        pointers = (t.data_ptr() for t in (pairs.codes, pairs.scales, pairs.zeros))
+        return cls(*pointers, layout.bits, layout.group_size, layout.axis == "channel")
+
+
+class Level(ctypes.Structure):
+    """As in ragged.c."""
+
+    _fields_ = (("k", Store), ("v", Store), ("bias", ctypes.c_void_p), ("offsets", ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What the kernel is told of a layer.  levels: a C array, or None where the kernel can't read it."""
+
+    levels: ctypes.Array[Level] | None
+    num_pairs: int
+    is_coded: bool
+
+    @classmethod
+    def of(cls, layer: RaggedLayer) -> Levels:
+        tensors = [t for level in layer.levels for t in _tensors(level)]
+        kinds = {t.dtype for level in layer.levels for t in (level.keys, level.values)}
+        is_coded = any(isinstance(t, QuantizedPairs) for level in layer.levels for t in (level.keys, level.values))
+        readable = kinds == {torch.float32} and all(t.is_cpu and t.is_contiguous() for t in tensors)
+        if not readable or layer.head_dim > MAX_DIM:
+            return cls(None, 0, is_coded)
+        found = [
+            Level(
+                Store.of(level.keys),
+                Store.of(level.values),
+                None if level.bias is None else level.bias.data_ptr(),
+                level.cu_seqlens.data_ptr(),
+            )
+            for level in layer.levels
+        ]
+        return cls((Level * len(found))(*found), sum(level.offsets[-1] for level in layer.levels), is_coded)
+
+
+_LEVELS: WeakKeyDictionary[RaggedLayer, Levels] = WeakKeyDictionary()  # layers never change, nor do their addresses
+
+
+def levels_of(layer: RaggedLayer) -> Levels:
+    """What the kernel is told of a layer, made at its first use."""
+    found = _LEVELS.get(layer)
+    if found is None:
+        found = _LEVELS[layer] = Levels.of(layer)
+    return found
+
+
+def _tensors(level: RaggedLayer) -> Iterator[Tensor]:
+    for pairs in (level.keys, level.values):
+        yield from (pairs,) if isinstance(pairs, Tensor) else (pairs.codes, pairs.scales, pairs.zeros)
+    yield level.cu_seqlens
+    if level.bias is not None:
+        yield level.bias
 
 
 class NativeBackend(CPUBackend):
@@ -46,9 +120,9 @@ class NativeBackend(CPUBackend):
         self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
         rows = fold_batch(query, layer.num_kv_heads)
-        if softcap is not None or not _fits(rows, layer):
+        if softcap is not None or not _fits(rows, levels_of(layer)):
             return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
-        return unfold_batch(*self._attend(rows, layer, scale), query)
+        return unfold_batch(*self._attend(rows, levels_of(layer), scale), query)
 
     def decode(
         self,
@@ -61,34 +135,34 @@ class NativeBackend(CPUBackend):
         softcap: float | None = None,
     ) -> Tensor:
         rows = fold_batch(query, layer.num_kv_heads)
-        if softcap is not None or not _fits(rows, layer) or not _fits_tail(keys, values):
+        if softcap is not None or not _fits(rows, levels_of(layer)) or not _fits_tail(keys, values):
             return super().decode(query, layer, keys, values, scale=scale, softcap=softcap)
-        return self._attend(rows, layer, scale, (keys, values))[0].view(query.shape)
+        return self._attend(rows, levels_of(layer), scale, (keys, values))[0].view(query.shape)
 
     def _attend(
-        self, rows: Tensor, layer: RaggedLayer, scale: float, tail: tuple[Tensor, Tensor] | None = None
+        self, rows: Tensor, known: Levels, scale: float, tail: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Rows [Hkv, R, D] over the segments of the layer and, if given, a tail [1, Hkv, S_tail, D]."""
         num_kv_heads, num_rows, head_dim = rows.shape
+        assert known.levels is not None
+        num_levels = len(known.levels)
         keys, values = tail or (rows, rows)  # read only where there are tail keys
         tail_len = keys.shape[2] if tail else 0
-        num_parts = (layer.keys.shape[0] + num_kv_heads * tail_len) // PART + 2 * num_kv_heads
+        num_parts = known.num_pairs // PART + num_kv_heads * (num_levels + 1 + tail_len // PART)
         scratch = rows.new_empty(num_parts, num_rows, head_dim + 1)
         out, lse = torch.empty_like(rows), rows.new_empty(num_kv_heads, num_rows)
-        bias = None if layer.bias is None else layer.bias.data_ptr()
         self._kernel(
-            rows.data_ptr(), layer.keys.data_ptr(), layer.values.data_ptr(), bias, layer.cu_seqlens.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), keys.stride(1), tail_len, num_kv_heads, num_rows, head_dim, scale,
-            scratch.data_ptr(), out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+            rows.data_ptr(), known.levels, num_levels, keys.data_ptr(), values.data_ptr(), keys.stride(1), tail_len,
+            num_kv_heads, num_rows, head_dim, scale, scratch.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return out, lse
 
 
-def _fits(rows: Tensor, layer: RaggedLayer) -> bool:
+def _fits(rows: Tensor, known: Levels) -> bool:
     """Whether the kernel takes these: it reads memory as it lies."""
-    tensors = (rows, layer.keys, layer.values) if layer.bias is None else (rows, layer.keys, layer.values, layer.bias)
-    plain = all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
-    return plain and 0 < rows.shape[1] <= MAX_ROWS and rows.shape[2] <= MAX_DIM
+    plain = rows.dtype is torch.float32 and rows.is_cpu and rows.is_contiguous()
+    return plain and known.levels is not None and 0 < rows.shape[1] <= (MAX_CODED_ROWS if known.is_coded else MAX_ROWS)
 
 
 def _fits_tail(keys: Tensor, values: Tensor) -> bool:
@@ -113,7 +187,9 @@ def load_kernel() -> Kernel:
         ) from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
     kernel.argtypes = [  # type: ignore[attr-defined]
-        *[pointer] * 7,
+        *[pointer] * 2,
+        number,
+        *[pointer] * 2,
         ctypes.c_int64,
         *[number] * 4,
         ctypes.c_float,

@@ -3,7 +3,8 @@
 // Query rows stand in the lanes of a vector while logits are made, so that a key is read once for all of them and the
 // softmax needs no sum across lanes. While one half of a block is worked on, the other is fetched from memory. Long
 // segments are cut into parts, so that all threads are busy whatever the lengths; the parts are joined by their
-// log-sum-exp, in an order that does not depend on the number of threads.
+// log-sum-exp, in an order that does not depend on the number of threads. Quantized pairs become floats a block at a
+// time, in the first-level cache.
 
 #include <math.h>
 #include <stdint.h>
@@ -43,6 +44,92 @@ static inline ALWAYS void add_values(float *out, const float *weights, int strid
     for (int e = d; e < dim; e++) out[e] += weights[j * stride] * v[(int64_t)j * dim + e];
 }
 
+// Keys or values: float32 (bits = 32), or codes with float16 scales and zeros. kvzip/ops/quantize.py is the layout.
+typedef struct {
+  const void *data;
+  const uint16_t *scales, *zeros;
+  int32_t bits, group_size, per_channel;
+} Store;
+
+// The pairs of one precision, head after head.  bias: [N] or null.  offsets: [heads + 1].
+typedef struct {
+  Store k, v;
+  const float *bias;
+  const int32_t *offsets;
+} Level;
+
+// The pairs of one head in one level, or its tail.
+typedef struct {
+  Store k, v;
+  const float *bias;
+  int count, first_part;
+} Segment;
+
+// Scales and zeros of one group of pairs, a channel each.
+typedef struct {
+  float scales[MAX_DIM], zeros[MAX_DIM];
+  int group;
+} Channels;
+
+// A float16 that is not infinite, exactly.
+static inline float from_half(uint16_t half) {
+  union {
+    uint32_t bits;
+    float number;
+  } wide = {(uint32_t)(half & 0x7fff) << 13}, sign = {(uint32_t)(half & 0x8000) << 16};
+  wide.number *= 0x1p112f;
+  wide.bits |= sign.bits;
+  return wide.number;
+}
+
+static inline ALWAYS void read_channels(const uint8_t *codes, const Channels *c, int bits, int dim, float *to) {
+  int width = dim * bits / 8, mask = (1 << bits) - 1;
+  for (int part = 0; part < 8 / bits; part++) {
+    const float *scales = c->scales + part * width, *zeros = c->zeros + part * width;
+    for (int d = 0; d < width; d++) to[part * width + d] = zeros[d] + scales[d] * (float)(codes[d] >> part * bits & mask);
+  }
+}
+
+static inline ALWAYS void read_token(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros, int group_size,
+                                     int bits, int dim, float *to) {
+  int width = dim * bits / 8, mask = (1 << bits) - 1;
+  for (int d = 0, end; d < dim; d = end) {  // runs that stay in one group and in one place of the bytes
+    int part = d / width, group = d / group_size;
+    end = (part + 1) * width < (group + 1) * group_size ? (part + 1) * width : (group + 1) * group_size;
+    float scale = from_half(scales[group]), zero = from_half(zeros[group]);
+    const uint8_t *from = codes - part * width;
+    for (int e = d; e < end; e++) to[e] = zero + scale * (float)(from[e] >> part * bits & mask);
+  }
+}
+
+static inline ALWAYS void read_row(const Store *s, int pair, Channels *channels, int bits, int dim, float *to) {
+  const uint8_t *codes = (const uint8_t *)s->data + (int64_t)pair * (dim * bits / 8);
+  if (!s->per_channel) {
+    int64_t groups = dim / s->group_size;
+    return read_token(codes, s->scales + pair * groups, s->zeros + pair * groups, s->group_size, bits, dim, to);
+  }
+  int group = pair / s->group_size;
+  if (channels->group != group) {
+    const uint16_t *scales = s->scales + (int64_t)group * dim, *zeros = s->zeros + (int64_t)group * dim;
+    for (int d = 0; d < dim; d++) channels->scales[d] = from_half(scales[d]), channels->zeros[d] = from_half(zeros[d]);
+    channels->group = group;
+  }
+  read_channels(codes, channels, bits, dim, to);
+}
+
+// `count` pairs from `first` on as floats [count, dim].
+static inline ALWAYS void read_rows(const Store *s, int first, int count, Channels *channels, int dim, float *to) {
+  if (s->bits == 32) {
+    memcpy(to, (const float *)s->data + (int64_t)first * dim, sizeof(float) * count * dim);
+    return;
+  }
+  for (int j = 0; j < count; j++, to += dim) {
+    if (s->bits == 8) read_row(s, first + j, channels, 8, dim, to);
+    else if (s->bits == 4) read_row(s, first + j, channels, 4, dim, to);
+    else read_row(s, first + j, channels, 2, dim, to);
+  }
+}
+
 #define LANES 4
 #define NAME(x) x##_4
 #include "ragged_rows.h"
@@ -51,16 +138,21 @@ static inline ALWAYS void add_values(float *out, const float *weights, int strid
 #define NAME(x) x##_8
 #include "ragged_rows.h"
 
-static void attend_part(const float *q, int rows, const float *k, const float *v, const float *bias, int count, int dim,
-                        float scale, float *out, float *lse) {
-  if (rows <= 4) {
-    if (dim == 64) return attend_4(q, rows, k, v, bias, count, 64, scale, out, lse);
-    if (dim == 128) return attend_4(q, rows, k, v, bias, count, 128, scale, out, lse);
-    return attend_4(q, rows, k, v, bias, count, dim, scale, out, lse);
-  }
-  if (dim == 64) return attend_8(q, rows, k, v, bias, count, 64, scale, out, lse);
-  if (dim == 128) return attend_8(q, rows, k, v, bias, count, 128, scale, out, lse);
-  attend_8(q, rows, k, v, bias, count, dim, scale, out, lse);
+static inline ALWAYS void attend_rows(const float *q, int rows, const Segment *s, int first, int count, int dim,
+                                      float scale, int coded, float *out, float *lse) {
+  if (rows <= 4) attend_4(q, rows, s, first, count, dim, scale, coded, out, lse);
+  else attend_8(q, rows, s, first, count, dim, scale, coded, out, lse);
+}
+
+static void attend_part(const float *q, int rows, const Segment *s, int first, int count, int dim, float scale,
+                        float *out, float *lse) {
+  int coded = s->k.bits != 32 || s->v.bits != 32;
+  if (coded && dim == 64) attend_rows(q, rows, s, first, count, 64, scale, 1, out, lse);
+  else if (coded && dim == 128) attend_rows(q, rows, s, first, count, 128, scale, 1, out, lse);
+  else if (coded) attend_rows(q, rows, s, first, count, dim, scale, 1, out, lse);
+  else if (dim == 64) attend_rows(q, rows, s, first, count, 64, scale, 0, out, lse);
+  else if (dim == 128) attend_rows(q, rows, s, first, count, 128, scale, 0, out, lse);
+  else attend_rows(q, rows, s, first, count, dim, scale, 0, out, lse);
 }
 
 // One row joined from the parts of its head.
@@ -80,56 +172,67 @@ static void join_row(const float *part_out, const float *part_lse, int num_parts
   *lse = top + logf(sum);
 }
 
-// Keys and values of one head: its segment of the context, and what a session added behind it.
-typedef struct {
-  const float *k, *v, *bias, *tail_k, *tail_v;
-  int count, tail_count, first_part;
-} Head;
-
 static int parts_of(int count) { return (count + PART - 1) / PART; }
 
-static void attend_head_part(const Head *head, int part, const float *q, int rows, int dim, float scale, float *out,
-                             float *lse) {
-  int parts = parts_of(head->count), count = head->count;
-  const float *k = head->k, *v = head->v, *bias = head->bias;
-  if (part >= parts) {
-    part -= parts, parts = parts_of(head->tail_count), count = head->tail_count;
-    k = head->tail_k, v = head->tail_v, bias = 0;
-  }
-  int64_t start = (int64_t)count * part / parts, end = (int64_t)count * (part + 1) / parts;
-  attend_part(q, rows, k + start * dim, v + start * dim, bias ? bias + start : 0, (int)(end - start), dim, scale, out, lse);
+// `store` from pair `start` on, which is the first of its head and of group `group`.
+static Store store_from(Store store, int64_t start, int64_t group, int dim) {
+  store.data = (const char *)store.data + start * (dim * store.bits / 8);
+  if (store.bits == 32) return store;
+  int64_t skip = store.per_channel ? group * dim : start * (dim / store.group_size);
+  store.scales += skip, store.zeros += skip;
+  return store;
 }
 
-// q: [heads, rows, dim].  k, v: [N, dim].  bias: [N] or null.  offsets: [heads + 1].
-// tail_k, tail_v: tail_count keys of each head, `tail_stride` floats from one head to the next; every row sees them.
-// scratch: [parts, rows, dim + 1] with parts = N / PART + heads * (2 + tail_count / PART).
-// out: [heads, rows, dim].  lse: [heads, rows].
-void kvzip_attend_ragged(const float *q, const float *k, const float *v, const float *bias, const int32_t *offsets,
-                         const float *tail_k, const float *tail_v, int64_t tail_stride, int tail_count, int heads,
-                         int rows, int dim, float scale, float *scratch, float *out, float *lse, int threads) {
-  Head head[heads];
-  int num_parts = 0;
+static int groups_before(const Store *store, const int32_t *offsets, int head) {
+  int groups = 0;
+  if (store->bits != 32)
+    for (int h = 0; h < head; h++) groups += (offsets[h + 1] - offsets[h] + store->group_size - 1) / store->group_size;
+  return groups;
+}
+
+static Segment segment_of(const Level *level, int head, int dim) {
+  int64_t start = level->offsets[head];
+  return (Segment){store_from(level->k, start, groups_before(&level->k, level->offsets, head), dim),
+                   store_from(level->v, start, groups_before(&level->v, level->offsets, head), dim),
+                   level->bias ? level->bias + start : 0, level->offsets[head + 1] - level->offsets[head], 0};
+}
+
+// q: [heads, rows, dim].  tail_k, tail_v: tail_count keys of each head, `tail_stride` floats from one head to the next;
+// every row sees them.  scratch: [parts, rows, dim + 1] with parts = sum of N / PART over levels
+// + heads * (levels + 1 + tail_count / PART).  out: [heads, rows, dim].  lse: [heads, rows].
+void kvzip_attend_ragged(const float *q, const Level *levels, int num_levels, const float *tail_k, const float *tail_v,
+                         int64_t tail_stride, int tail_count, int heads, int rows, int dim, float scale, float *scratch,
+                         float *out, float *lse, int threads) {
+  int per_head = num_levels + 1, num_segments = heads * per_head, num_parts = 0;
+  Segment segments[num_segments];
+  int first_part[heads + 1];
   for (int h = 0; h < heads; h++) {
-    int64_t start = offsets[h];
-    head[h] = (Head){k + start * dim, v + start * dim, bias ? bias + start : 0, tail_k + h * tail_stride,
-                     tail_v + h * tail_stride, offsets[h + 1] - offsets[h], tail_count, num_parts};
-    num_parts += parts_of(head[h].count) + parts_of(tail_count);
+    Segment *own = segments + h * per_head;
+    for (int i = 0; i < num_levels; i++) own[i] = segment_of(levels + i, h, dim);
+    own[num_levels] = (Segment){{tail_k + h * tail_stride, 0, 0, 32, 0, 0}, {tail_v + h * tail_stride, 0, 0, 32, 0, 0},
+                                0, tail_count, 0};
+    first_part[h] = num_parts;
+    for (int i = 0; i < per_head; i++) own[i].first_part = num_parts, num_parts += parts_of(own[i].count);
   }
+  first_part[heads] = num_parts;
   float *part_out = scratch, *part_lse = scratch + (int64_t)num_parts * rows * dim;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < num_parts; i++) {
-      int h = heads - 1;
-      while (head[h].first_part > i) h--;
-      attend_head_part(&head[h], i - head[h].first_part, q + (int64_t)h * rows * dim, rows, dim, scale,
-                       part_out + (int64_t)i * rows * dim, part_lse + (int64_t)i * rows);
+      int which = num_segments - 1;
+      while (segments[which].first_part > i || segments[which].count == 0) which--;
+      const Segment *s = segments + which;
+      int part = i - s->first_part, parts = parts_of(s->count);
+      int first = (int)((int64_t)s->count * part / parts), end = (int)((int64_t)s->count * (part + 1) / parts);
+      attend_part(q + (int64_t)(which / per_head) * rows * dim, rows, s, first, end - first, dim, scale,
+                  part_out + (int64_t)i * rows * dim, part_lse + (int64_t)i * rows);
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < heads * rows; i++) {
       int h = i / rows, row = i % rows;
-      int64_t first = (int64_t)head[h].first_part * rows + row;
-      join_row(part_out + first * dim, part_lse + first, parts_of(head[h].count) + parts_of(tail_count), rows, dim,
+      int64_t first = (int64_t)first_part[h] * rows + row;
+      join_row(part_out + first * dim, part_lse + first, first_part[h + 1] - first_part[h], rows, dim,
                out + (int64_t)i * dim, lse + i);
     }
   }

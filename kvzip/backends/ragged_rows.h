@@ -65,32 +65,44 @@ static inline ALWAYS NAME(vec) NAME(make_weights)(NAME(vec) *s, int count, NAME(
   return shrink;
 }
 
-// All rows against `count` keys: out [num_rows, dim] normalised, lse [num_rows].  s: weights of BLOCK keys.
-static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const float *k, const float *v, const float *bias,
-                                       int count, int dim, float scale, float *out, float *lse) {
+// All rows against `count` pairs from `first` on: out [num_rows, dim] normalised, lse [num_rows].  coded: the pairs are
+// read into buffers first.  s: weights of BLOCK keys.
+static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const Segment *pairs, int first, int count, int dim,
+                                       float scale, int coded, float *out, float *lse) {
   NAME(vec) turned[MAX_DIM], s[BLOCK];
-  for (int first = 0; first < num_rows; first += LANES) {
-    int rows = num_rows - first < LANES ? num_rows - first : LANES;
+  float key_buffer[coded ? BLOCK * dim : 1], value_buffer[coded ? BLOCK * dim : 1];
+  Channels key_channels, value_channels;
+  const float *bias = pairs->bias ? pairs->bias + first : 0;
+  const float *keys = (const float *)pairs->k.data + (int64_t)first * dim;
+  const float *values = (const float *)pairs->v.data + (int64_t)first * dim;
+  for (int done = 0; done < num_rows; done += LANES) {
+    int rows = num_rows - done < LANES ? num_rows - done : LANES;
     for (int r = 0; r < LANES; r++) {
-      const float *row = q + (int64_t)(first + (r < rows ? r : 0)) * dim;  // lanes to spare repeat the first row
+      const float *row = q + (int64_t)(done + (r < rows ? r : 0)) * dim;  // lanes to spare repeat the first row
       for (int d = 0; d < dim; d++) ((float *)turned)[d * LANES + r] = row[d] * scale;
     }
     NAME(state) state = {NAME(splat)(LOWEST), {0}};
-    float *to = out + (int64_t)first * dim;
+    float *to = out + (int64_t)done * dim;
     memset(to, 0, sizeof(float) * rows * dim);
+    key_channels.group = value_channels.group = -1;
     for (int j = 0; j < count; j += BLOCK) {
       int n = count - j < BLOCK ? count - j : BLOCK, share = BLOCK * dim / rows;
-      const float *values = v + (int64_t)j * dim, *ahead = k + (int64_t)(j + BLOCK) * dim;
-      NAME(make_logits)(turned, k + (int64_t)j * dim, values, n, dim, s);
+      const float *k = keys + (int64_t)j * dim, *v = values + (int64_t)j * dim, *ahead = k + BLOCK * dim;
+      if (coded) {
+        read_rows(&pairs->k, first + j, n, &key_channels, dim, key_buffer);
+        read_rows(&pairs->v, first + j, n, &value_channels, dim, value_buffer);
+        k = key_buffer, v = ahead = value_buffer, share = 0;
+      }
+      NAME(make_logits)(turned, k, v, n, dim, s);
       for (int i = 0; bias && i < n; i++) s[i] += bias[j + i];
       NAME(vec) shrink = NAME(make_weights)(s, n, &state);
       for (int r = 0; r < rows; r++)
-        add_values(to + r * dim, (const float *)s + r, LANES, shrink[r], values, ahead + r * share, share, n, dim);
+        add_values(to + r * dim, (const float *)s + r, LANES, shrink[r], v, ahead + r * share, share, n, dim);
     }
     for (int r = 0; r < rows; r++) {
       float share = 1 / state.sum[r];
       for (int d = 0; d < dim; d++) to[r * dim + d] *= share;
-      lse[first + r] = state.top[r] + logf(state.sum[r]);
+      lse[done + r] = state.top[r] + logf(state.sum[r]);
     }
   }
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
 from kvzip.ops import attention
 
+READ_BLOCK = 1024  # quantized pairs of a head that are read at a time
 BLOCK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 
 
@@ -45,6 +48,16 @@ class ReferenceBackend:
     def attend_ragged(
         self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
+        out, lse = self.attend_level(query, layer, scale=scale, softcap=softcap)
+        for level in layer.levels[1:]:
+            more = self.attend_level(query, level, scale=scale, softcap=softcap)
+            out, lse = attention.merge(out, lse, *more)
+        return out, lse
+
+    def attend_level(
+        self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `attend_ragged`, over the pairs of one precision."""
         rows = fold_batch(query, layer.num_kv_heads)
         parts = [self._attend_head(rows[h : h + 1], layer, h, scale, softcap) for h in range(layer.num_kv_heads)]
         return unfold_batch(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), query)
@@ -65,11 +78,25 @@ class ReferenceBackend:
     def _attend_head(
         self, rows: Tensor, layer: RaggedLayer, head: int, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        segment = slice(layer.offsets[head], layer.offsets[head + 1])
-        keys, values = layer.keys[None, None, segment], layer.values[None, None, segment]
-        bias = None if layer.bias is None else layer.bias[segment].reshape(1, 1, 1, -1)
-        out, lse = attention.attend(rows[:, None], keys, values, scale=scale, bias=bias, softcap=softcap)
-        return out[:, 0], lse[:, 0]
+        """The rows [1, R, D] of one KV head."""
+        out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:2], -torch.inf, dtype=torch.float32)
+        for keys, values, bias in blocks_of(layer, head):
+            shaped = None if bias is None else bias.reshape(1, 1, 1, -1)
+            block = attention.attend(
+                rows[:, None], keys[None, None], values[None, None], scale=scale, bias=shaped, softcap=softcap
+            )
+            out, lse = attention.merge(out, lse, block[0][:, 0], block[1][:, 0])
+        return out, lse
+
+
+def blocks_of(layer: RaggedLayer, head: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys [n, D], values and biases of one head: as they lie, or, quantized, read block by block; nothing if empty."""
+    first, end = layer.offsets[head], layer.offsets[head + 1]
+    step = end - first if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor) else READ_BLOCK
+    for start in range(0, end - first, max(1, step)):
+        stop = min(start + step, end - first)
+        bias = None if layer.bias is None else layer.bias[first + start : first + stop]
+        yield *layer.read(head, start, stop), bias
 
 
 def fold_batch(query: Tensor, num_kv_heads: int) -> Tensor:

@@ -6,6 +6,8 @@ on the CPU with a plain function in place of the library's.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -59,21 +61,22 @@ class VarlenBackend(FlexBackend):
             lse.reshape(batch, q_len, num_heads).transpose(1, 2).float(),
         )
 
-    def attend_ragged(
+    def attend_level(
         self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        if softcap is not None or layer.bias is not None or not _fits(query) or layer.keys.shape[0] == 0:
-            return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
+        if softcap is not None or layer.bias is not None or not _fits(query) or layer.offsets[-1] == 0:
+            return super().attend_level(query, layer, scale=scale, softcap=softcap)
         rows = fold_batch(query, layer.num_kv_heads)
         num_kv_heads, num_rows, head_dim = rows.shape
+        keys, values = layer.dense()
         out, lse = varlen_attn(
             rows.reshape(-1, 1, head_dim),
-            layer.keys.unsqueeze(1),
-            layer.values.unsqueeze(1),
+            keys.unsqueeze(1),
+            values.unsqueeze(1),
             _even_offsets(num_kv_heads, num_rows, query.device),
             layer.cu_seqlens,
             num_rows,
-            max(layer.seqlens),
+            max(end - start for start, end in pairwise(layer.offsets)),
             return_aux=AuxRequest(lse=True),
             scale=scale,
         )

@@ -15,16 +15,17 @@ EPILOG = examples(
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method snapkv:window_size=64,kernel_size=5",
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method window+pyramid:beta=10",
 )
-TITLES = {"method": "Method", "scorer": "Scorer", "budget": "Budget"}
+TITLES = {"method": "Method", "scorer": "Scorer", "budget": "Budget", "transform": "Transform"}
 NOTES = (
-    "Write NAME, NAME:option=value,option=value, or SCORER+BUDGET; a later part replaces an earlier one: kvzip+layer.",
+    "Write NAME, NAME:option=value,option=value, or SCORER+BUDGET+TRANSFORM; a later part replaces an earlier one of "
+    "its kind: kvzip+layer, kvzip+int4.",
     "No method sees a question here; those published with the question in view look from the end of the text instead.",
 )
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods, and the scorers and budgets that they are made of."""
-    rows = [*_aliases(), *_scorers(), *_budgets()]
+    """List the methods, and the scorers, budgets and transforms that they are made of."""
+    rows = [*_aliases(), *_scorers(), *_budgets(), *_transforms()]
     if as_json:
         print_json(rows)
     else:
@@ -38,8 +39,8 @@ def _aliases() -> list[dict[str, Any]]:
     rows = []
     for name, alias in ALIASES.items():
         method = parse_method(name)
-        scorer = scorer_class(method.scorer.name)
-        about = alias.help, alias.source, sorted(scorer.needs), scorer.is_query_agnostic
+        is_query_agnostic = method.scorer is None or scorer_class(method.scorer.name).is_query_agnostic
+        about = alias.help, alias.source, sorted(method.needs), is_query_agnostic
         rows.append(_row("method", name, method.composition, *about, all_options(name)))
     return rows
 
@@ -64,6 +65,14 @@ def _budgets() -> list[dict[str, Any]]:
         _row("budget", name, None, kind.help, kind.source, [], None, options_of(kind.select))
         for name, kind in BUDGET_KINDS.items()
     ]
+
+
+def _transforms() -> list[dict[str, Any]]:
+    from kvzip.parts import options_of
+    from kvzip.transforms import TRANSFORMS, transform_class
+
+    found = ((name, transform_class(name)) for name in TRANSFORMS)
+    return [_row("transform", name, None, cls.summary, cls.source, [], None, options_of(cls)) for name, cls in found]
 
 
 def _row(
@@ -114,7 +123,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 def _details(row: dict[str, Any]) -> list[str]:
     """Needs and source in a line, and options in another."""
     facts = []
-    if row["kind"] != "budget":
+    if row["kind"] in ("method", "scorer"):
         facts.append("needs " + (", ".join(row["needs"]).replace("_", " ") or "nothing"))
         facts += [] if row["query_agnostic"] else ["published with the question in view"]
     options = " ".join(f"{name}={about['default'] or 'none'}" for name, about in row["options"].items())

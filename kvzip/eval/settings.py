@@ -68,7 +68,8 @@ class EvalSettings:
         """(method, keep ratio) of every row of a sample, the full cache first."""
         known = {parse_method(name).composition for name in self.methods}
         methods = [*self.methods, *(b for b in BASELINES if parse_method(b).composition not in known)]
-        return [(FULL, 1.0), *((method, ratio) for method in methods for ratio in self.keep_ratios)]
+        points = ((method, self.keep_ratios if parse_method(method).scorer else (1.0,)) for method in methods)
+        return [(FULL, 1.0), *((method, ratio) for method, ratios in points for ratio in ratios)]
 
     def describe(self, llm: LLM) -> dict[str, Any]:
         """All that decides the rows, as it stands in the header."""

@@ -74,7 +74,7 @@ class TailLayer(CacheLayerMixin):
         if layer.window is None:
             return RaggedView(self.backend, keys, values, layer)
         low = first - min(first, layer.window - 1)
-        before = tuple(t.reshape(1, layer.num_kv_heads, -1, t.shape[-1]) for t in (layer.keys, layer.values))
+        before = tuple(t.reshape(1, layer.num_kv_heads, -1, t.shape[-1]) for t in layer.dense())
         return SlidingView(
             self.backend, keys[:, :, low:], values[:, :, low:], (before[0], before[1]), layer.window, 0, first
         )

@@ -94,8 +94,9 @@ def rank_agreement(context: RaggedContext) -> float | None:
 def bytes_per_pair(context: RaggedContext) -> float:
     """Mean bytes of one pair in the full-attention layers, offsets left out; 0 if they hold none."""
     layers = [context.layers[i] for i in context.full_layers]
-    pairs = sum(layer.offsets[-1] for layer in layers)
-    return sum(layer.nbytes - layer.cu_seqlens.nbytes for layer in layers) / pairs if pairs else 0.0
+    pairs = sum(sum(layer.seqlens) for layer in layers)
+    offsets = sum(level.cu_seqlens.nbytes for layer in layers for level in layer.levels)
+    return (sum(layer.nbytes for layer in layers) - offsets) / pairs if pairs else 0.0
 
 
 def sliding_layers(context: RaggedContext) -> list[tuple[list[int], int]]:

@@ -1,0 +1,29 @@
+"""What a transform is: the kept pairs of a layer, stored in another way."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from kvzip.context import RaggedLayer
+
+
+class BaseTransform:
+    """Changes what eviction left of each full-attention layer, one layer after another.
+
+    summary, source: for `kvzip methods`.  Options are the keyword-only parameters of `__init__` (see `kvzip.parts`).
+    """
+
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+
+    def apply(self, layer: RaggedLayer) -> RaggedLayer:
+        """The same pairs in another form. Raises InputError where these can't be stored so."""
+        raise NotImplementedError
+
+    def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
+        """Bytes of one pair, on average.  itemsize: bytes of a number before."""
+        return 2 * head_dim * itemsize
+
+    def head_nbytes(self, head_dim: int) -> int:
+        """Bytes that a head may take beside those of its pairs, at most."""
+        return 0

@@ -1,0 +1,247 @@
+"""Quantized pairs: the codes, their errors and bytes, and contexts that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+import kvzip
+from kvzip.context import RaggedLayer
+from kvzip.errors import BudgetError, InputError, KVZipError
+from kvzip.methods import parse_method
+from kvzip.ops.quantize import Layout, QuantizedPairs, pack_codes, quantize, unpack_codes
+from kvzip.transforms.quantize import Quantize
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 6
+OFFSETS = (0, 70, 70, 75, 200)
+
+layouts = st.builds(
+    Layout,
+    bits=st.sampled_from([8, 4, 2]),
+    axis=st.sampled_from(["token", "channel"]),
+    group_size=st.sampled_from([4, 16]),
+)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read_all(pairs: QuantizedPairs, offsets: tuple[int, ...]) -> Tensor:
+    return torch.cat([pairs.read(offsets, head, 0, end - start) for head, (start, end) in enumerate(pairwise(offsets))])
+
+
+def by_hand(numbers: Tensor, offsets: tuple[int, ...], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Group by group in float64: what is read back, and the scale of each number."""
+    read, scales = numbers.double().clone(), numbers.double().clone()
+    size = layout.group_size
+    for start, end in pairwise(offsets):
+        if layout.axis == "token":
+            groups = [
+                (slice(i, i + 1), slice(d, d + size))
+                for i in range(start, end)
+                for d in range(0, numbers.shape[1], size)
+            ]
+        else:
+            rows = [slice(i, min(i + size, end)) for i in range(start, end, size)]
+            groups = [(row, slice(d, d + 1)) for row in rows for d in range(numbers.shape[1])]
+        for group in groups:
+            part = numbers[group].double()
+            zero = part.min().half()
+            if zero.double() > part.min():
+                zero = torch.tensor(np.nextafter(np.float16(zero.item()), np.float16(-np.inf)))
+            largest = 2**layout.bits - 1
+            scale = (part.max() - zero.double()) / largest
+            half = scale.half()
+            if half.double() < scale:
+                half = torch.tensor(np.nextafter(np.float16(half.item()), np.float16(np.inf)))
+            codes = torch.round((part - zero.double()) / half.double()).clamp(0, largest) if half > 0 else 0
+            read[group], scales[group] = zero.double() + half.double() * codes, half.double()
+    return read, scales
+
+
+@settings(max_examples=30, deadline=None)
+@given(layouts, st.sampled_from([1e-6, 1.0, 200.0]), st.integers(0, 9))
+def test_codes_are_those_of_each_group_by_hand(layout: Layout, spread: float, seed: int) -> None:
+    offsets = (0, 9, 9, 12)
+    numbers = random(seed, 12, 16) * spread + random(seed + 1, 16)
+    found = read_all(quantize(numbers, offsets, layout), offsets)
+    read, scales = by_hand(numbers, offsets, layout)
+    off = (found.double() - read).abs()
+    tie = off > 1e-3 * scales + 1e-6 * read.abs()  # float32 may round the other way where float64 is between two codes
+    assert (off[tie] <= scales[tie] * 1.001).all() and tie.float().mean() < 0.02
+
+
+@settings(max_examples=30, deadline=None)
+@given(layouts, st.sampled_from([1e-6, 1.0, 200.0]), st.integers(0, 9))
+def test_a_number_is_off_by_half_a_scale_at_most(layout: Layout, spread: float, seed: int) -> None:
+    numbers = random(seed, 200, 16) * spread + 100 * random(seed + 1, 16)
+    _, scales = by_hand(numbers, OFFSETS, layout)
+    off = (read_all(quantize(numbers, OFFSETS, layout), OFFSETS).double() - numbers.double()).abs()
+    assert (off <= scales * 0.501 + 1e-5).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_equal_numbers_are_exact(bits: int) -> None:
+    for value in (0.0, -1.5, 3.25, 1000.0):
+        numbers = torch.full((5, 8), value)
+        assert torch.equal(read_all(quantize(numbers, (0, 5), Layout(bits, "token", 8)), (0, 5)), numbers)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_as_many_values_as_codes_are_exact(bits: int) -> None:
+    numbers = (
+        (torch.arange(2**bits).float() - 3).repeat(2)[torch.randperm(2 ** (bits + 1))].reshape(-1, 2 ** (bits + 1))
+    )
+    pairs = quantize(numbers, (0, len(numbers)), Layout(bits, "token", numbers.shape[1]))
+    assert torch.equal(read_all(pairs, (0, len(numbers))), numbers)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_are_packed_as_the_page_says(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (7, 16), dtype=torch.uint8)
+    packed = pack_codes(codes, bits)
+    width = 16 * bits // 8
+    assert packed.shape == (7, width) and torch.equal(unpack_codes(packed, bits), codes)
+    for row, byte, part in ((3, 1, 0), (6, width - 1, 8 // bits - 1)):
+        assert packed[row, byte].item() >> bits * part & (2**bits - 1) == codes[row, byte + part * width]
+
+
+def test_a_part_of_a_head_reads_as_in_the_whole() -> None:
+    numbers = random(3, 200, 16)
+    for layout in (Layout(4, "channel", 32), Layout(8, "token", 4)):
+        pairs = quantize(numbers, OFFSETS, layout)
+        assert torch.equal(pairs.read(OFFSETS, 3, 40, 101), read_all(pairs, OFFSETS)[75 + 40 : 75 + 101])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["int4", "k8v4", "int2"])
+def test_bytes(name: str, head_dim: int) -> None:
+    """Four bits take at most 0.30 of float16, scales and zeros counted."""
+    options = dict(parse_method(name).transforms[0].options)
+    transform, seqlen = Quantize(**options), 640
+    layer = RaggedLayer(
+        random(0, seqlen, head_dim), random(1, seqlen, head_dim), torch.tensor([0, seqlen], dtype=torch.int32)
+    )
+    stored = transform.apply(layer)
+    nbytes = stored.keys.nbytes + stored.values.nbytes
+    limit = {"int4": 0.30, "k8v4": 0.42, "int2": 0.16}[name]
+    assert nbytes <= limit * 2 * seqlen * head_dim * 2
+    assert nbytes == seqlen * transform.pair_nbytes(head_dim, 4)
+    assert stored.nbytes == nbytes + 8
+
+
+def test_what_can_not_be_stored() -> None:
+    with pytest.raises(InputError, match="head size of 3: take 8 bits"):
+        quantize(random(0, 4, 3), (0, 4), Layout(4, "token", 3))
+    with pytest.raises(InputError, match="group_size 5 does not divide the head size 16"):
+        quantize(random(0, 4, 16), (0, 4), Layout(4, "token", 5))
+    with pytest.raises(InputError, match="beyond the range of float16"):
+        quantize(random(0, 4, 16) * 1e6, (0, 4), Layout(4, "token", 16))
+
+
+# ---- contexts
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def case(request: pytest.FixtureRequest) -> SimpleNamespace:
+    llm = kvzip.wrap(tiny_model(request.param), tiny_tokenizer())
+    return SimpleNamespace(llm=llm, prefilled=llm.prefill(TEXT))
+
+
+def made(case: SimpleNamespace, method: str, keep_ratio: float | None = None) -> kvzip.CompressedContext:
+    return case.prefilled.compress(kvzip.CompressOptions(keep_ratio=keep_ratio, method=method))
+
+
+def logits(context: kvzip.CompressedContext) -> Tensor:
+    ids = torch.tensor([context.llm.question_ids("Who jumps?")])
+    with torch.inference_mode():
+        return context.llm.model(ids, past_key_values=context.cache()).logits
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "k8v4", "quantize:key_bits=16,value_bits=2", "kvzip+int4"])
+def test_a_quantized_context_is_the_one_of_what_its_codes_read_as(case: SimpleNamespace, method: str) -> None:
+    context = made(case, method, 0.5 if method.startswith("kvzip") else None)
+    layers = tuple(RaggedLayer(*layer.dense(), layer.cu_seqlens, layer.window) for layer in context.data.layers)
+    floats = kvzip.CompressedContext(case.llm, replace(context.data, layers=layers))
+    torch.testing.assert_close(logits(context), logits(floats), atol=1e-4, rtol=1e-4)
+    assert context.ask("Who jumps?", max_new_tokens=8).token_ids == floats.ask("Who jumps?", max_new_tokens=8).token_ids
+    assert context.data.kv_nbytes < floats.data.kv_nbytes
+
+
+def test_more_bits_are_closer_and_eviction_comes_first(case: SimpleNamespace) -> None:
+    full = logits(case.prefilled.compress(1.0))
+    off = [(logits(made(case, name)) - full).abs().mean() for name in ("int8", "int4", "int2")]
+    assert off[0] < off[1] < off[2]
+    plain, small = made(case, "kvzip", 0.4), made(case, "kvzip+int4", 0.4)
+    assert torch.equal(plain.data.keep_mask, small.data.keep_mask)
+    for before, after in zip(plain.data.layers, small.data.layers, strict=True):
+        if before.window is None:
+            assert isinstance(after.keys, QuantizedPairs) and torch.equal(before.cu_seqlens, after.cu_seqlens)
+        else:
+            assert torch.equal(before.keys, after.keys)
+
+
+def test_saved_and_opened_it_goes_on_the_same(case: SimpleNamespace, tmp_path: Path) -> None:
+    context = made(case, "kvzip+int4", 0.5)
+    session = context.session()
+    session.ask("Who jumps?", max_new_tokens=4)
+    session.save(tmp_path / "doc.kvz")
+    opened = case.llm.open_session(tmp_path / "doc.kvz")
+    assert opened.context.data.kv_nbytes == context.data.kv_nbytes
+    assert opened.context.data.info.method == "reconstruction+global+quantize"
+    again = [s.ask("Over whom?", max_new_tokens=6).token_ids for s in (session, opened)]
+    assert again[0] == again[1]
+
+
+def test_a_budget_in_bytes_counts_scales(case: SimpleNamespace) -> None:
+    for method in ("kvzip+int4", "kvzip+int8:group_size=16", "kvzip"):
+        least = made(case, method, 1e-9).data.kv_nbytes
+        budget = least + 6000
+        options = kvzip.CompressOptions(budget=f"{budget}B", method=method)
+        nbytes = case.prefilled.compress(options).data.kv_nbytes
+        assert budget - 3000 < nbytes <= budget
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "int4", "keep_ratio": 0.5}, r"keep_ratio 0\.5 .*'int4', which evicts nothing.*'kvzip\+int4'"),
+        ({"method": "int4", "budget": 100}, r"budget 100 .*evicts nothing"),
+    ],
+)
+def test_nothing_is_evicted_without_a_scorer(options: dict, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        kvzip.CompressOptions(**options)
+    assert kvzip.CompressOptions(method="int4").keep_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("quantize:key_bits=3", "one of 16, 8, 4, 2"),
+        ("quantize:key_bits=four", "one of 16, 8, 4, 2"),
+        ("int4:value_axis=row", "one of token, channel"),
+        ("int4:group_size=0", "at least 1, at most 1024"),
+        ("pyramid+int4", "has no scorer"),
+        ("quantise", "did you mean 'quantize'"),
+    ],
+)
+def test_bad_options(method: str, message: str) -> None:
+    with pytest.raises(KVZipError, match=message):
+        kvzip.CompressOptions(method=method)
+
+
+def test_without_a_scorer_nothing_is_replayed(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvzip.compress.replay", lambda *args: pytest.fail("replayed"))
+    assert made(case, "int4").data.keep_mask.all()
