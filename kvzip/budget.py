@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvzip.errors import BudgetError, UnknownNameError
 from kvzip.ops import selection
+from kvzip.scorers.base import Profile
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -22,7 +23,9 @@ class BudgetKind:
     """How a total is divided over layers and heads.
 
     select: (scores [Lf, Hkv, S], pairs, options by keyword) -> keep mask.  pool_dims: which of (layer, head) compete
-    for the same pairs.  scorer: the only scorer it goes with, or None.
+    for the same pairs.  scorer: the only scorer it goes with, or None.  needs: a profile of the model, by its name in
+    `kvzip.scorers.base.NEEDS`; `select` is given it behind `pairs`.  decides_count: it keeps as many as it sees fit;
+    `select` is not given `pairs` then, and nobody may ask for a keep ratio.
     """
 
     select: Callable[..., Tensor]
@@ -30,16 +33,33 @@ class BudgetKind:
     help: str
     source: str
     scorer: str | None = None
+    needs: frozenset[str] = frozenset()
+    decides_count: bool = False
 
-    def __call__(self, scores: Tensor, pairs: int, options: Mapping[str, Any]) -> Tensor:
-        """The keep mask [Lf, Hkv, S]; layers that are pinned throughout stay whole, the others share the rest."""
+    def __call__(
+        self, scores: Tensor, pairs: int | None, options: Mapping[str, Any], profile: Profile | None = None
+    ) -> Tensor:
+        """The keep mask [Lf, Hkv, S]; layers that are pinned throughout stay whole, the others share the rest.
+
+        pairs: how many to keep; None where the kind decides that.  profile: where the kind needs one.
+        """
+        if pairs is None:
+            assert self.decides_count
+            return self.select(scores, **options)
         pinned, rest = selection.keep_pinned_layers(scores, pairs)
         if not pinned.any():
-            return self.select(scores, pairs, **options)
+            return self._divide(scores, pairs, options, profile)
         mask = torch.ones_like(scores, dtype=torch.bool)
         if not pinned.all():
-            mask[~pinned] = self.select(scores[~pinned], rest, **options)
+            others = profile and {name: value[~pinned] for name, value in profile.items()}
+            mask[~pinned] = self._divide(scores[~pinned], rest, options, others)
         return mask
+
+    def _divide(self, scores: Tensor, pairs: int, options: Mapping[str, Any], profile: Profile | None) -> Tensor:
+        if self.needs:
+            assert profile is not None
+            return self.select(scores, pairs, profile, **options)
+        return self.select(scores, pairs, **options)
 
 
 BUDGET_KINDS = {
@@ -73,6 +93,28 @@ BUDGET_KINDS = {
         "whole heads, by the model's head profile",
         "KVzip, arXiv 2505.23416",
         scorer="head-profile",
+    ),
+    "threshold": BudgetKind(
+        selection.select_threshold,
+        (True, True),
+        "every pair whose score is above a threshold",
+        "ReFreeKV, arXiv 2502.16886",
+        decides_count=True,
+    ),
+    "baklava": BudgetKind(
+        selection.select_baklava,
+        (False, False),
+        "to each head by its importance in a profile of the model",
+        "BaKlaVa, arXiv 2502.13176",
+        needs=frozenset({"baklava_profile"}),
+    ),
+    "duo": BudgetKind(
+        selection.select_duo,
+        (False, False),
+        "everything to the heads that look far back, sinks and recent tokens to the others",
+        "DuoAttention, arXiv 2410.10819",
+        scorer="sinks-recent",
+        needs=frozenset({"duo_profile"}),
     ),
 }
 

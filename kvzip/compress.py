@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -24,14 +24,15 @@ from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.errors import ContextLengthError
 from kvzip.hf.geometry import Geometry
 from kvzip.hf.prefill import PrefillCache, Replay, Watch, read_watched, replay
-from kvzip.hf.projections import input_norms, output_weights
+from kvzip.hf.projections import entering_streams, input_norms, output_weights
 from kvzip.methods import Method
 from kvzip.ops.ragged import cu_seqlens_of, pack, pack_bits
 from kvzip.ops.rope import shift_keys
-from kvzip.ops.selection import select_above
+from kvzip.ops.selection import pool_ranks, select_above
+from kvzip.profilers import Profiler
 from kvzip.progress import Progress, silent
 from kvzip.scorers import get_scorer
-from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Reading
+from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Observer, Profile, Reading, Shape
 from kvzip.transforms.base import BaseTransform
 
 CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
@@ -101,7 +102,7 @@ class FullContext:
     def __init__(self, engine: Engine, prefix_ids: Tensor, context_ids: Tensor) -> None:
         self.engine, self.prefix_ids, self.context_ids = engine, prefix_ids, context_ids
         self.cache = PrefillCache(engine.geometry, prefix_ids.numel() + context_ids.numel(), engine.backend)
-        self.prefill_s = self._watch_s = 0.0
+        self.prefill_s = self._watch_s = self._watched_s = 0.0
         self._watched: tuple[str, BaseScorer] | None = None
 
     @property
@@ -109,12 +110,14 @@ class FullContext:
         """Tokens of prefix and context."""
         return self.prefix_ids.numel() + self.context_ids.numel()
 
+    @property
+    def _shape(self) -> Shape:
+        return *self.engine.geometry.full_shape, self.context_ids.numel()
+
     def make_scorer(self, name: str) -> BaseScorer:
         """A new scorer for this context, named with its options. Raises UnknownNameError or InputError."""
-        full_layers = self.engine.geometry.full_layers
-        num_kv_heads = self.engine.geometry.layers[full_layers[0]].num_kv_heads
-        scorer = get_scorer(name, len(full_layers), num_kv_heads, self.context_ids.numel())
-        if "hidden_states" in scorer.needs:
+        scorer = get_scorer(name, *self._shape)
+        if scorer.needs & {"hidden_states", "attention_outputs"}:
             output_weights(self.engine.model, self.engine.geometry)  # refuse before any work
         return scorer
 
@@ -128,29 +131,19 @@ class FullContext:
         time is no part of `prefill_s`.  Raises as `make_scorer`, before any work.
         """
         started, watch_s = time.perf_counter(), self._watch_s
-        if scorer_name is not None and not self.cache.length:
-            self._begin_to_watch(scorer_name)
-        try:
+        with ExitStack() as stack:
+            if scorer_name is not None and not self.cache.length:
+                scorer = self.make_scorer(scorer_name)
+                if scorer.needs & WHILE_READING:
+                    self._watched = scorer_name, scorer
+                    stack.enter_context(self._watching(scorer))
             self._read(self.cache.length, block_len, "prefill", progress)
-        finally:
-            self.cache.set_watch(None)
+        self._watched_s += self._watch_s - watch_s
         self.prefill_s += time.perf_counter() - started - (self._watch_s - watch_s)
 
     def watched_s(self, scorer_name: str) -> float:
         """Seconds that the scorer of that name took while the text was read."""
-        return self._watch_s if self._watched is not None and self._watched[0] == scorer_name else 0.0
-
-    def _begin_to_watch(self, scorer_name: str) -> None:
-        scorer = self.make_scorer(scorer_name)
-        if scorer.needs & WHILE_READING:
-            self._watched = scorer_name, scorer
-            watch = self._watch(scorer)
-            self.cache.set_watch(replace(watch, observe=lambda *seen: self._clocked(watch.observe, *seen)))
-
-    def _clocked(self, observe: Callable[[int, Reading], None], layer: int, reading: Reading) -> None:
-        started = time.perf_counter()
-        observe(layer, reading)
-        self._watch_s += time.perf_counter() - started
+        return self._watched_s if self._watched is not None and self._watched[0] == scorer_name else 0.0
 
     def _read(self, first: int, block_len: int, stage: str, progress: Progress) -> None:
         """Run the model over the tokens from position `first` on."""
@@ -161,15 +154,33 @@ class FullContext:
             read_watched(self.engine.model, block, start, self.cache)
             progress(stage, start + block.numel(), self.length)
 
-    def _watch(self, scorer: BaseScorer, *, last: int | None = None) -> Watch:
-        """Show `scorer` the queries of the context's last tokens, as many as it wants."""
-        full_layers, prefix_len = self.engine.geometry.full_layers, self.prefix_ids.numel()
+    @contextmanager
+    def _watching(self, observer: Observer, last: int | None = None) -> Iterator[None]:
+        """Meanwhile `observer` is shown the queries of the context's last tokens, as many as it wants, by the clock.
 
-        def observe(layer: int, reading: Reading) -> None:
-            scorer.watch(full_layers.index(layer), reading)
+        last: as in `Watch`.
+        """
+        model, geometry = self.engine.model, self.engine.geometry
+        with ExitStack() as stack:
+            streams: dict[int, Tensor] = {}
+            weights: dict[int, Tensor] = {}
+            with_outputs = "attention_outputs" in observer.needs
+            if with_outputs:
+                streams = stack.enter_context(entering_streams(model, geometry))
+                weights = output_weights(model, geometry)
 
-        num_queries = min(scorer.num_queries, self.context_ids.numel())
-        return Watch(prefix_len, self.length - num_queries, observe, last)
+            def observe(layer: int, reading: Reading) -> None:
+                started = time.perf_counter()
+                if with_outputs:
+                    stream = streams[layer][-reading.query.shape[1] :]
+                    reading = replace(reading, stream=stream, output_weights=weights[layer])
+                observer.watch(geometry.full_layers.index(layer), reading)
+                self._watch_s += time.perf_counter() - started
+
+            start = self.length - min(observer.num_queries, self.context_ids.numel())
+            self.cache.set_watch(Watch(self.prefix_ids.numel(), start, observe, last, with_outputs))
+            stack.callback(self.cache.set_watch, None)
+            yield
 
     @torch.inference_mode()
     def score(
@@ -179,12 +190,13 @@ class FullContext:
         *,
         faithful: bool = False,
         local: bool = False,
+        profile: Profile | None = None,
         progress: Progress = silent,
     ) -> Tensor:
         """Scores [Lf, Hkv, S] float32 of the context's pairs, higher = keep.
 
         scorer_name: may have options, as `window:window_size=64`.  local: a replayed chunk sees prefix and chunk alone,
-        so that the cost is linear in the length of the context.
+        so that the cost is linear in the length of the context.  profile: of the model, where the scorer needs it.
         A scorer that needs queries of the context and was not named to `prefill` has the text read again for it, over
         the stored keys: a forward pass up to the last full-attention layer, exact with sliding windows too, that stores
         nothing. So one prefill serves any number of methods, and queries are never kept.
@@ -197,48 +209,62 @@ class FullContext:
             self._watched = watched
             if scorer.needs & WHILE_READING:
                 self.read_again(scorer, progress=progress)
-        if "replay_queries" in scorer.needs:
-            self.replay(scorer, chunk_len, merge_short=not faithful, local=local, progress=progress)
-        if "keys" in scorer.needs:
-            for index, layer in enumerate(self.engine.geometry.full_layers):
-                keys, values = self.cache.layers[layer].read(slice(self.prefix_ids.numel(), self.length))
-                scorer.read(index, keys[0], values[0])
+        if profile is not None:
+            scorer.learn(profile)
+        self._replay_and_read(scorer, chunk_len, faithful, local, progress)
         return scorer.scores()
 
     @torch.inference_mode()
-    def read_again(self, scorer: BaseScorer, block_len: int = PREFILL_BLOCK, *, progress: Progress = silent) -> None:
-        """Read prefix and context once more while `scorer` watches; the cache stays as it is."""
-        with self.cache.read_again():
-            self.cache.set_watch(self._watch(scorer, last=self.engine.geometry.full_layers[-1]))
-            try:
-                self._read(0, block_len, "score", progress)
-            finally:
-                self.cache.set_watch(None)
+    def profile(
+        self, profiler: type[Profiler], chunk_len: int = CHUNK_LEN, *, local: bool = False, progress: Progress = silent
+    ) -> Profile:
+        """What a profiler learns of the model from this text. Raises ModelError for a model that it can't watch."""
+        observer = profiler(self._shape)
+        if observer.needs & WHILE_READING:
+            self.read_again(observer, progress=progress)
+        self._replay_and_read(observer, chunk_len, False, local, progress)
+        return observer.profile()
+
+    def _replay_and_read(
+        self, observer: Observer, chunk_len: int, faithful: bool, local: bool, progress: Progress
+    ) -> None:
+        if "replay_queries" in observer.needs:
+            self.replay(observer, chunk_len, merge_short=not faithful, local=local, progress=progress)
+        if "keys" in observer.needs:
+            for index, layer in enumerate(self.engine.geometry.full_layers):
+                keys, values = self.cache.layers[layer].read(slice(self.prefix_ids.numel(), self.length))
+                observer.read(index, keys[0], values[0])
+
+    @torch.inference_mode()
+    def read_again(self, observer: Observer, block_len: int = PREFILL_BLOCK, *, progress: Progress = silent) -> None:
+        """Read prefix and context once more while `observer` watches; the cache stays as it is."""
+        with self.cache.read_again(), self._watching(observer, last=self.engine.geometry.full_layers[-1]):
+            self._read(0, block_len, "score", progress)
 
     @torch.inference_mode()
     def replay(
         self,
-        scorer: BaseScorer,
+        observer: Observer,
         chunk_len: int = CHUNK_LEN,
         *,
         merge_short: bool = True,
         local: bool = False,
         progress: Progress = silent,
     ) -> None:
-        """Let the model repeat the context chunk by chunk while `scorer` watches."""
+        """Let the model repeat the context chunk by chunk while `observer` watches."""
         model, geometry, prefix_len = self.engine.model, self.engine.geometry, self.prefix_ids.numel()
         full_layers, total = geometry.full_layers, self.context_ids.numel()
         progress("score", 0, total)
         with ExitStack() as stack:
             norms: dict[int, Tensor] = {}
             weights: dict[int, Tensor] = {}
-            if "hidden_states" in scorer.needs:
+            if "hidden_states" in observer.needs:
                 norms, weights = stack.enter_context(input_norms(model, geometry)), output_weights(model, geometry)
 
             def observe(layer: int, seen: Observation) -> None:
                 index = full_layers.index(layer)
                 extra = replace(seen, input_norms=norms.get(layer), output_weights=weights.get(layer))
-                scorer.observe(index, extra)
+                observer.observe(index, extra)
                 done = (seen.chunk.stop - seen.chunk.start) * (index + 1) // len(full_layers)
                 progress("score", seen.chunk.start + done, total)
 
@@ -308,28 +334,23 @@ class FullContext:
 
 
 def select(
-    scores: Tensor, method: Method, num_pairs: int, *, faithful: bool = False, with_ranks: bool = True
+    scores: Tensor,
+    method: Method,
+    num_pairs: int | None,
+    *,
+    profile: Profile | None = None,
+    faithful: bool = False,
+    with_ranks: bool = True,
 ) -> Selection:
-    """The keep mask of `num_pairs` pairs by the budget of `method`; the official threshold rule if `faithful`."""
-    if faithful:
+    """The keep mask by the budget of `method`; the official threshold rule if `faithful`.
+
+    num_pairs: how many to keep; None where the budget decides that.  profile: of the model, where the budget needs it.
+    """
+    if faithful and num_pairs is not None:
         return Selection(select_above(scores, num_pairs / scores.numel()), None)
     assert method.budget is not None and method.budget_kind is not None
-    mask = method.budget_kind(scores, num_pairs, dict(method.budget.options))
+    mask = method.budget_kind(scores, num_pairs, dict(method.budget.options), profile)
     return Selection(mask, pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None)
-
-
-def pool_ranks(scores: Tensor, pool_dims: tuple[bool, bool]) -> Tensor:
-    """256 x the share of pairs in the same pool that stand lower, as uint8 [Lf, Hkv, S].
-
-    pool_dims: whether layers, and heads, share a pool.
-    """
-    num_layers, num_kv_heads, _ = scores.shape
-    num_pools = (1 if pool_dims[0] else num_layers) * (1 if pool_dims[1] else num_kv_heads)
-    pools = scores.reshape(num_pools, -1)
-    order = pools.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(pools.shape[1] - 1, -1, -1).expand_as(pools)
-    ranks = torch.empty_like(order).scatter_(1, order, places)
-    return (ranks * 256 // max(1, pools.shape[1])).to(torch.uint8).reshape(scores.shape)
 
 
 def fit_chunk_len(

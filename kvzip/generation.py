@@ -196,6 +196,12 @@ def _begun(text: str, stops: Sequence[str]) -> int:
     return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
+def check_text(text: object) -> None:
+    """Raises InputError for a context that says nothing."""
+    if not isinstance(text, str) or not text.strip():
+        raise InputError("the context is empty: give a text of at least one word")
+
+
 def check_question(question: str) -> None:
     """Refuse an empty question. Raises InputError."""
     if not isinstance(question, str) or not question.strip():

@@ -28,7 +28,6 @@ from kvzip.compress import (
     select,
 )
 from kvzip.context import ContextInfo, RaggedContext, SavedTail
-from kvzip.errors import InputError
 from kvzip.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     Answer,
@@ -37,8 +36,8 @@ from kvzip.generation import (
     check_options,
     check_positions,
     check_question,
+    check_text,
 )
-from kvzip.head_profile import load_head_profile, save_head_profile
 from kvzip.hf.cache import SessionCache
 from kvzip.hf.fingerprint import fingerprint
 from kvzip.hf.geometry import probe
@@ -47,7 +46,11 @@ from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
 from kvzip.parts import Part
+from kvzip.profilers import get_profiler
+from kvzip.profiles import kind_needed, load_profile, save_profile
 from kvzip.progress import Progress, silent
+from kvzip.scorers import scorer_class
+from kvzip.scorers.base import Profile
 from kvzip.session import Session
 from kvzip.transforms import get_transform
 
@@ -55,8 +58,8 @@ from kvzip.transforms import get_transform
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 
-
 Texts = tuple[str | None, str | None, str | None]  # system prompt, instruction, name of the source
+NO_TEXTS: Texts = (None, None, None)
 
 
 class LLM:
@@ -127,12 +130,15 @@ class LLM:
 
         keep_ratio and the further options: see `CompressOptions`.  system: system prompt (None = the template's own).
         instruction: stands before the text in the user's turn.  source: a name for the text, kept in the file.
-        Raises BudgetError, ContextLengthError, UnknownNameError or InputError before any work is done.
+        Raises BudgetError, ContextLengthError, UnknownNameError, InputError, or ModelError (a profile is missing: see
+        `calibrate`) before any work is done.
         """
         chosen = CompressOptions(keep_ratio=keep_ratio, **options)
-        started = time.perf_counter()
-        texts, scorer = (system, instruction, source), parse_method(chosen.method).scorer
-        full = self._prefill(text, texts, progress, None if chosen.keep_ratio == 1 else scorer)
+        started, method = time.perf_counter(), parse_method(chosen.method)
+        selects, texts = chosen.keep_ratio != 1, (system, instruction, source)
+        for need in method.needs if selects else ():
+            self.profile_for(frozenset({need}))  # refuse before any work
+        full = self._prefill(text, texts, progress, method.scorer if selects else None)
         return full.compress(chosen, progress=progress, release=True, started=started)
 
     def prefill(
@@ -158,8 +164,7 @@ class LLM:
         scorer: Part | None = None,
     ) -> Prefilled:
         """scorer: may watch while the text is read."""
-        if not isinstance(text, str) or not text.strip():
-            raise InputError("the context is empty: give a text of at least one word")
+        check_text(text)
         reset_peak_rss()
         prefix_ids = torch.tensor(self.prefix_ids(*texts[:2]), dtype=torch.int64)
         return Prefilled(self, prefix_ids, self.tokenize(text), texts, progress, scorer)
@@ -176,10 +181,23 @@ class LLM:
         data, tail = self._read(path)
         return Session(CompressedContext(self, data), tail)
 
-    def profile_heads(self, text: str, source: str = "", *, progress: Progress = silent) -> Path:
-        """Score every KV head by its largest score on `text`, for the method `kvzip-head`; returns the file written."""
-        scores = self.prefill(text, progress=progress).scores(parse_method("kvzip"), progress=progress)
-        return save_head_profile(self.fingerprint, scores.amax(dim=-1), source)
+    def calibrate(self, kind: str, text: str, source: str = "", *, progress: Progress = silent) -> Path:
+        """Make the profile of that kind that some methods need, once a model; returns the file written.
+
+        kind: "head", "baklava" or "duo" (`kvzip.profilers`).  source: a name for the text, kept in the file.
+        Raises UnknownNameError, InputError, ContextLengthError or ModelError.
+        """
+        profiler = get_profiler(kind)
+        check_text(text)
+        prefix_ids, ids = torch.tensor(self.prefix_ids(), dtype=torch.int64), profiler.passage(self.tokenize(text))
+        read, local = Prefilled(self, prefix_ids, ids, NO_TEXTS, progress), CompressOptions().replays_locally(len(ids))
+        profile = read._full.profile(profiler, read._chunk_len(CHUNK_LEN), local=local, progress=progress)
+        return save_profile(kind, self.fingerprint, profile, source)
+
+    def profile_for(self, needs: frozenset[str]) -> Profile | None:
+        """The profile that a part with these needs is to be shown, or None. Raises ModelError where it is missing."""
+        kind = kind_needed(needs)
+        return None if kind is None else load_profile(kind, self.fingerprint, self.geometry.full_shape)
 
     def _read(self, path: str | Path) -> tuple[RaggedContext, SavedTail | None]:
         data, tail = store.read(path)
@@ -234,7 +252,7 @@ class Prefilled:
         method = parse_method(options.method)
         transforms = [get_transform(part) for part in method.transforms]
         amounts = self._full.amounts(transforms)
-        num_pairs = resolve_pairs(options.keep_ratio, options.budget, amounts)
+        num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
         data = pack_context(self._full, selection, info, transforms=transforms, release=release)
@@ -258,13 +276,15 @@ class Prefilled:
         return self._scored(method, options, progress)[0]
 
     def _select(
-        self, options: CompressOptions, method: Method, num_pairs: int, total: int, progress: Progress
+        self, options: CompressOptions, method: Method, num_pairs: int | None, total: int, progress: Progress
     ) -> tuple[Selection, float]:
         if num_pairs == total:  # nothing to choose
-            shape = (len(self.llm.geometry.full_layers), -1, self._full.context_ids.numel())
+            shape = (*self.llm.geometry.full_shape, self._full.context_ids.numel())
             return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
+        assert method.budget_kind is not None
+        profile = self.llm.profile_for(method.budget_kind.needs)
         scores, score_s = self._scored(method, options, progress)
-        return select(scores, method, num_pairs, faithful=options.faithful), score_s
+        return select(scores, method, num_pairs, profile=profile, faithful=options.faithful), score_s
 
     def _scored(self, method: Method, options: CompressOptions, progress: Progress) -> tuple[Tensor, float]:
         assert method.scorer is not None
@@ -277,16 +297,12 @@ class Prefilled:
 
     def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
         assert method.scorer is not None
-        context_len, full_layers = self._full.context_ids.numel(), self.llm.geometry.full_layers
-        if "head_profile" in method.needs:
-            num_kv_heads = self.llm.geometry.layers[full_layers[0]].num_kv_heads
-            heads = load_head_profile(self.llm.fingerprint, (len(full_layers), num_kv_heads))
-            return heads.unsqueeze(-1).expand(-1, -1, context_len)
         return self._full.score(
             f"{method.scorer.name}-faithful" if options.faithful else str(method.scorer),
             self._chunk_len(options.chunk_len),
             faithful=options.faithful,
             local=self._is_local(options),
+            profile=self.llm.profile_for(scorer_class(method.scorer.name).needs),
             progress=progress,
         )
 

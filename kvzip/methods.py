@@ -27,6 +27,14 @@ ALIASES = {
     "adakv": Alias(
         "window+adakv", "SnapKV's scores; heads of a layer compete, none is left bare", "Ada-KV, arXiv 2407.11550"
     ),
+    "baklava": Alias(
+        "sinks-recent+baklava", "recent tokens, in each head by its importance", "BaKlaVa, arXiv 2502.13176"
+    ),
+    "duo-attention": Alias(
+        "sinks-recent+duo",
+        "all of heads that look far back, recent tokens of the others",
+        "DuoAttention, arXiv 2410.10819",
+    ),
     "expected-attention": Alias(
         "expected:epsilon=0.01+adakv",
         "what future queries are expected to look at, times the size of the value",
@@ -51,6 +59,11 @@ ALIASES = {
     "l2-norm": Alias("key-norm+uniform", "small key norms", "L2-norm, arXiv 2406.11430"),
     "pyramidkv": Alias(
         "window:window_size=8+pyramid", "SnapKV's scores; lower layers keep more", "PyramidKV, arXiv 2406.02069"
+    ),
+    "refreekv": Alias(
+        "suffix-loss+threshold",
+        "the last tokens, as many as the very last looks at",
+        "ReFreeKV, arXiv 2502.16886",
     ),
     "snapkv": Alias("window+uniform", "what the last tokens look at, and its neighbours", "SnapKV, arXiv 2404.14469"),
     "streaming-llm": Alias("sinks-recent+uniform", "the first and the last tokens", "StreamingLLM, arXiv 2309.17453"),
@@ -78,8 +91,16 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its scorer is to be shown: names of `kvzip.scorers.base.NEEDS`."""
-        return frozenset() if self.scorer is None else scorer_class(self.scorer.name).needs
+        """What its parts are to be shown: names of `kvzip.scorers.base.NEEDS`."""
+        return frozenset().union(
+            scorer_class(self.scorer.name).needs if self.scorer else (),
+            self.budget_kind.needs if self.budget_kind else (),
+        )
+
+    @property
+    def decides_count(self) -> bool:
+        """Whether its budget decides itself how much to keep."""
+        return self.budget_kind is not None and self.budget_kind.decides_count
 
     @property
     def composition(self) -> str:

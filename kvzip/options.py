@@ -21,7 +21,8 @@ class CompressOptions:
     keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no eviction. 0.3
     where neither it nor `budget` is given, 1 for a method that evicts nothing.  budget: instead, a number of context
     pairs, or bytes as text ("64MiB").
-    method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`).
+    method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`). One that decides itself how much to keep takes
+    neither of both, and is not `faithful`.
     faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
     chunk_len: tokens replayed at a time.  replay_scope: what a replayed chunk sees of the context: "global" all of it,
     "local" prefix and chunk alone (the cost is then linear in the length), "auto" local from LOCAL_FROM tokens on.
@@ -35,8 +36,11 @@ class CompressOptions:
     replay_scope: str = "auto"
 
     def __post_init__(self) -> None:
-        if parse_method(self.method).scorer is None:
+        method = parse_method(self.method)
+        if method.scorer is None:
             self._check_that_all_stays()
+        elif method.decides_count:
+            self._check_nothing_is_asked()
         elif self.keep_ratio is None and self.budget is None:
             object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
         if self.keep_ratio is not None:
@@ -54,6 +58,15 @@ class CompressOptions:
                 f"scorer first, as in 'kvzip+{self.method}'"
             )
         object.__setattr__(self, "keep_ratio", 1.0)
+
+    def _check_nothing_is_asked(self) -> None:
+        asked = {"keep_ratio": self.keep_ratio, "budget": self.budget, "faithful": self.faithful or None}
+        for name, value in asked.items():
+            if value is not None:
+                raise BudgetError(
+                    f"{name} {value!r} can't be asked of method {self.method!r}, which decides itself how much to "
+                    f"keep: leave it out"
+                )
 
     def replays_locally(self, context_len: int) -> bool:
         """Whether a context of that many tokens is replayed chunk by chunk, each without the others."""

@@ -207,7 +207,7 @@ def test_help_is_quick_and_light(tmp_path):
     used = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
     assert done.returncode == 0
     assert used < 0.4, f"{used:.2f} s of processor time"
-    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "profile-heads"):
+    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate"):
         assert re.search(rf"^  {name} .*\.$", done.stdout, re.MULTILINE), name  # with its whole line of help
 
 
@@ -228,7 +228,7 @@ def test_version(tmp_path):
     assert run("--version", cwd=tmp_path).stdout == f"kvzip {kvzip.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "profile-heads"])
+@pytest.mark.parametrize("name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate"])
 def test_every_command_shows_examples(name, tmp_path):
     done = run(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -531,19 +531,45 @@ def test_methods_are_listed_with_needs_and_options(tmp_path, monkeypatch, capsys
     assert pyramid["options"]["window_size"]["default"] == "8" and pyramid["options"]["beta"]["default"] == "20"
     assert found["method", "kvzip"]["query_agnostic"] and not found["method", "snapkv"]["query_agnostic"]
     assert all(row["description"] and row["source"] for row in rows)
+    decide = {(row["kind"], row["name"]) for row in rows if row["decides_count"]}
+    assert decide == {("method", "refreekv"), ("budget", "threshold")}
     code, shown, _ = call(monkeypatch, capsys, tmp_path, "methods")
     assert code == 0 and all(row["name"] in shown for row in rows)
 
 
-def test_profile_heads_serves_the_head_method(tiny, tmp_path, monkeypatch, capsys):
+def test_a_method_that_decides_how_much_to_keep_takes_no_ratio(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    args = ["compress", "text.txt", "-m", tiny, "--method", "refreekv:whole_layers=0,threshold=0.2"]
+    code, out, _ = call(monkeypatch, capsys, tmp_path, *args, "--json")
+    made = json.loads(out)
+    assert code == 0 and made["keep_ratio_asked"] is None and 0 < made["keep_ratio"] < 1
+    assert "asked" not in call(monkeypatch, capsys, tmp_path, *args)[1]
+    code, _, err = call(monkeypatch, capsys, tmp_path, *args, "-r", "0.3")
+    assert code == 1 and err.count("\n") == 1 and "decides itself how much to keep: leave it out" in err
+
+
+@pytest.mark.parametrize(("kind", "method"), [("head", "kvzip-head"), ("baklava", "baklava"), ("duo", "duo-attention")])
+def test_calibrate_serves_the_methods_that_need_it(tiny, tmp_path, monkeypatch, capsys, kind, method):
     monkeypatch.setenv("KVZIP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text(TEXT)
-    compress = ["compress", "text.txt", "-m", tiny, "--method", "kvzip-head", "-r", "0.5"]
+    compress = ["compress", "text.txt", "-m", tiny, "--method", method, "-r", "0.5"]
     code, _, err = call(monkeypatch, capsys, tmp_path, *compress)
-    assert code == 1 and "kvzip profile-heads" in err
-    code, out, err = call(monkeypatch, capsys, tmp_path, "profile-heads", "-m", tiny, "--text", "text.txt")
+    assert code == 1 and f"kvzip calibrate --method {kind}" in err
+    args = ["calibrate", "--method", kind, "-m", tiny, "--text", "text.txt"]
+    code, out, err = call(monkeypatch, capsys, tmp_path, *args)
     assert (code, err) == (0, "") and Path(out.strip()).is_file()
+    made = json.loads(call(monkeypatch, capsys, tmp_path, *args, "--json")[1])
+    assert made["method"] == kind and made["path"] == out.strip() and made["model"]
     assert call(monkeypatch, capsys, tmp_path, *compress)[0] == 0
+
+
+def test_what_can_not_be_calibrated_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.txt").write_text("Short.")
+    code, _, err = call(monkeypatch, capsys, tmp_path, "calibrate", "--method", "baklawa", "-m", tiny)
+    assert code == 1 and "did you mean 'baklava'" in err
+    args = ["calibrate", "--method", "duo", "-m", tiny, "--text", "short.txt"]
+    code, _, err = call(monkeypatch, capsys, tmp_path, *args)
+    assert code == 1 and "give more than 320" in err and err.count("\n") == 1
 
 
 # ---- the demo

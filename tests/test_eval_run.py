@@ -14,6 +14,7 @@ import kvzip
 from kvzip.errors import BudgetError, InputError, UnknownNameError
 from kvzip.eval.compare import compare
 from kvzip.eval.fidelity import answer_ids
+from kvzip.eval.markdown import section
 from kvzip.eval.page import report_page
 from kvzip.eval.plots import save_pictures
 from kvzip.eval.questions import ask_full
@@ -75,6 +76,27 @@ def test_keep_ratio_1_of_any_method_is_the_full_cache(whole: tuple[Path, list[di
                 assert (answer["answer"], answer["score"]) == (before["answer"], before["score"])
         elif row["kind"] == "row":
             assert row["kv_nbytes"] < 0.5 * row["full_kv_nbytes"]
+
+
+def test_a_method_that_decides_how_much_to_keep_is_measured_once(tiny: kvzip.LLM, tmp_path: Path) -> None:
+    changes = {"tasks": ("niah",), "methods": ("refreekv:whole_layers=1,threshold=0.2", "kvzip"), "limit": 1}
+    header, rows = run(tiny, tmp_path / "rows.jsonl", **changes)
+    own = [row for row in rows if row["kind"] == "row" and row["method"].startswith("refreekv")]
+    assert [row["keep_ratio_asked"] for row in own] == [None] and 0 < own[0]["keep_ratio"] < 1
+    assert len([row for row in rows if row["kind"] == "row" and row["method"] == "kvzip"]) == len(
+        SETTINGS["keep_ratios"]
+    )
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    run(tiny, tmp_path / "rows.jsonl", **changes)
+    assert (tmp_path / "rows.jsonl").read_bytes() == before, "null is a cell of its own"
+    (line,) = [line for line in summarize(rows) if line.method.startswith("refreekv")]
+    assert line.keep_ratio_asked is None and line.keep_ratio == own[0]["keep_ratio"]
+    failed = [*rows, gap("niah", "refreekv", "x") | {"keep_ratio_asked": None}]
+    assert f"{own[0]['keep_ratio']:.3f}" in report_page(header, failed)
+    assert len(save_pictures(summarize(failed), failed, tmp_path)) == 3
+    assert "| own |" in section(header, failed, {})
+    (same,) = [found for found in compare(rows, rows) if found.method.startswith("refreekv")]
+    assert same.keep_ratio is None and same.change == 0
 
 
 def test_answers_are_what_the_context_decodes(tiny: kvzip.LLM, whole: tuple[Path, list[dict]]) -> None:
@@ -189,13 +211,13 @@ def test_what_can_not_be_measured_is_a_gap_and_the_rest_goes_on(tiny: kvzip.LLM,
     gaps = {(row["task"], row["method"]): row["reason"] for row in rows if row["kind"] == "gap"}
     assert "needs a text" in gaps["text", "full"]
     assert "needs a context of at least" in gaps["retr-kv", "full"]
-    assert "profile-heads" in gaps["niah", "kvzip-head"]
+    assert "kvzip calibrate --method head" in gaps["niah", "kvzip-head"]
     lines = {(line.task, line.method): line for line in summarize(rows)}
     assert lines["niah", "kvzip"].score is not None and lines["niah", "full"].gaps == 0
     failed = lines["niah", "kvzip-head"]
     assert (failed.score, failed.gaps, failed.num_questions, failed.num_asked) == (None, 1, 0, 1)
     page = report_page(*read_rows(tmp_path / "rows.jsonl"))
-    assert "<h2>text</h2>" in page and "profile-heads" in page
+    assert "<h2>text</h2>" in page and "kvzip calibrate --method head" in page
 
 
 def asked(sample: int, parts: list[str]) -> dict:

@@ -19,10 +19,18 @@ PYPROJECT = PACKAGE.parent / "pyproject.toml"
 # The floors, from the ground up. A folder stands for all modules in it; a module of its own goes before its folder.
 FLOORS = [
     ["kvzip.errors", "kvzip.files", "kvzip._version", "kvzip.progress", "kvzip.memory", "kvzip.parts", "kvzip.ops"],
-    ["kvzip.budget", "kvzip.methods", "kvzip.context", "kvzip.scorers", "kvzip.transforms", "kvzip.fetch"],
+    [
+        "kvzip.budget",
+        "kvzip.methods",
+        "kvzip.context",
+        "kvzip.scorers",
+        "kvzip.profilers",
+        "kvzip.transforms",
+        "kvzip.fetch",
+    ],
     ["kvzip.backends", "kvzip.store", "kvzip.models.catalogue", "kvzip.models.cache"],
     ["kvzip.hf", "kvzip.models"],
-    ["kvzip.compress", "kvzip.generation", "kvzip.head_profile"],
+    ["kvzip.compress", "kvzip.generation", "kvzip.profiles"],
     ["kvzip.options", "kvzip.session", "kvzip.llm", "kvzip.loading", "kvzip.inspect"],
     ["kvzip.eval"],
     ["kvzip.bench"],

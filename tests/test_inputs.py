@@ -199,23 +199,6 @@ def test_rewinding_more_turns_than_there_are_is_refused(tiny: kvzip.LLM, count: 
         tiny.compress(TEXT, 0.5).session().rewind(count)
 
 
-def test_a_missing_head_profile_names_the_command_that_makes_it(
-    tiny: kvzip.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KVZIP_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="kvzip profile-heads"):
-        tiny.compress(TEXT, 0.5, method="kvzip-head")
-    path = tiny.profile_heads(TEXT, "a test")
-    context = tiny.compress(TEXT, 0.5, method="kvzip-head")
-    assert {0, context.data.context_len} == set(context.data.keep_mask.sum(-1).flatten().tolist())
-    path.write_text('{"head_scores": [[1, 2]]}')
-    with pytest.raises(ModelError, match="does not fit"):
-        tiny.compress(TEXT, 0.5, method="kvzip-head")
-    path.write_text("not json")
-    with pytest.raises(ModelError, match="can't be read"):
-        tiny.compress(TEXT, 0.5, method="kvzip-head")
-
-
 def test_faithful_keeps_what_the_official_rule_keeps(tiny: kvzip.LLM) -> None:
     context = tiny.compress(TEXT, 0.5, faithful=True, chunk_len=50)
     total = context.data.keep_mask.numel()

@@ -23,11 +23,13 @@ from kvzip.hf.geometry import probe
 from kvzip.methods import ALIASES, all_options, parse_method, split_methods
 from kvzip.ops.rope import shift_keys
 from kvzip.ops.selection import PINNED
+from kvzip.profilers import PROFILERS
 from kvzip.scorers import SCORERS, get_scorer
 from kvzip.scorers.base import NEEDS, Observation, Reading
 
 FAMILIES = ["llama", "qwen2", "gemma3", "gemma2"]
-METHODS = [name for name in ALIASES if name != "kvzip-head" and parse_method(name).scorer is not None]
+PARSED = {name: parse_method(name) for name in ALIASES}
+METHODS = [n for n, m in PARSED.items() if n != "kvzip-head" and m.scorer is not None and not m.decides_count]
 PROMPTS = RepeatPrompts(torch.arange(3, 9), torch.arange(9, 14), torch.arange(14, 18))
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
@@ -73,6 +75,12 @@ def random_ids(seed: int, length: int) -> torch.Tensor:
         ("snapkv+int8+pyramid", "window+pyramid+quantize:key_bits=8,value_bits=8,key_axis=token"),
         ("int8+int4:group_size=32", "quantize:group_size=32"),
         ("quantize:key_bits=16,value_bits=2", "quantize:key_bits=16,value_bits=2"),
+        ("refreekv", "suffix-loss+threshold"),
+        ("baklava", "sinks-recent+baklava"),
+        ("kvzip+baklava:gamma=0", "reconstruction+baklava:gamma=0"),
+        ("duo-attention:num_sinks=8", "sinks-recent+duo:num_sinks=8"),
+        ("kvzip+duo", "sinks-recent+duo"),
+        ("refreekv:threshold=0.05,rule=paper", "suffix-loss:rule=paper+threshold:threshold=0.05"),
     ],
 )
 def test_a_name_with_options_has_one_canonical_form(name: str, composition: str) -> None:
@@ -87,17 +95,16 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
         "alpha": st.floats(0, 1), "beta": st.floats(1, 1e6), "epsilon": st.floats(0, 1), "seed": st.integers(0, 2**40),
         "reduce": st.sampled_from(["sum", "mean", "max"]), "pooling": st.sampled_from(["max", "avg"]),
         "num_sinks": st.integers(0, 9), "num_future": st.integers(1, 9), "skip_layers": st.just("0/2"),
+        "gamma": st.floats(0, 9), "threshold": st.floats(-9, 9), "rule": st.sampled_from(["code", "paper"]),
         "key_bits": st.sampled_from([16, 8, 4, 2]), "value_bits": st.sampled_from([16, 8, 4, 2]),
         "key_axis": st.sampled_from(["token", "channel"]), "value_axis": st.sampled_from(["token", "channel"]),
-        "group_size": st.integers(1, 99),
+        "group_size": st.integers(1, 99), "whole_layers": st.integers(0, 9),
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")
     scorer = "" if parse_method(text).scorer else "+window"
-    for whole in (
-        text,
-        f"{'window' if name == 'adakv' else name}{scorer}+{budget}",
-    ):  # beside others, adakv is the budget
+    own = "window" if name in BUDGET_KINDS else name  # beside others, adakv is the budget
+    for whole in (text, f"{own}{scorer}+{budget}"):
         method = parse_method(whole)
         again = parse_method(method.composition)
         assert (again.scorer, again.budget, again.transforms) == (method.scorer, method.budget, method.transforms)
@@ -191,6 +198,28 @@ def test_last_query_scores(case: SimpleNamespace) -> None:
     for head in range(ours.shape[1]):
         torch.testing.assert_close(ours[:, head, :-1], expected[:, :-1], **CLOSE)
     assert (ours[..., -1] >= PINNED).all()
+
+
+@pytest.mark.parametrize("rule", ["code", "paper"])
+@pytest.mark.parametrize("num_sinks", [4, PREFIX_LEN + 3])
+def test_suffix_loss_scores(case: SimpleNamespace, rule: str, num_sinks: int) -> None:
+    ours = case.full.score(f"suffix-loss:rule={rule},num_sinks={num_sinks},whole_layers=1")
+    assert (ours[:1] >= PINNED).all()
+    first = max(num_sinks, PREFIX_LEN)
+    for layer in range(1, len(ours)):
+        rows = case.weights[layer, :, -1].double()
+        kept_before = [row[:first].square().sum() if rule == "paper" else 0 for row in rows]
+        for position in range(first, PREFIX_LEN + CONTEXT_LEN):
+            norms = [
+                sum((row[start:].square().sum() + before) ** 0.5 for row, before in zip(rows, kept_before, strict=True))
+                for start in (first, position + 1)
+            ]
+            got = ours[layer, :, position - PREFIX_LEN]
+            if position < PREFIX_LEN + CONTEXT_LEN - 1:
+                torch.testing.assert_close(got, (1 - norms[1] / norms[0]).float().expand(got.shape), **CLOSE)
+            else:
+                assert (got >= PINNED).all()
+        assert (ours[layer, :, : first - PREFIX_LEN] >= PINNED).all()
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
@@ -378,6 +407,60 @@ def test_unit_norms_make_kvzip_plus_kvzip() -> None:
     torch.testing.assert_close(plus.scores(), plain.scores())
 
 
+def last_row(weights: list[list[float]], prefix_len: int = 1) -> Reading:
+    """A last token that pays these weights, a list for each query head, each summing up to 1; one KV head."""
+    keys = torch.eye(len(weights[0]))[None]
+    query = torch.tensor(weights).log().clamp_min(-200)[:, None]  # exp(-200) is 0
+    return Reading(query, keys, torch.zeros(len(weights), 1), prefix_len, 1.0, None, None)
+
+
+def refreekv(options: str, about: Reading) -> list[bool]:
+    """What is kept of the context in a layer that is not kept whole."""
+    method = parse_method(f"refreekv:whole_layers=0,{options}")
+    scorer = get_scorer(str(method.scorer), 1, 1, about.keys.shape[1] - about.prefix_len)
+    scorer.watch(0, about)
+    return method.budget_kind(scorer.scores(), None, dict(method.budget.options))[0, 0].tolist()
+
+
+def test_refreekv_by_hand() -> None:
+    """Two query heads behind a prefix of one token. Norms of the context: 5 and 13 parts of 100; of the last two
+    pairs: 3 and 5. Without the first pair the mean norm falls from 9 to 4, by 5/9."""
+    about = last_row([[0.93, 0.04, 0.0, 0.03], [0.83, 0.12, 0.0, 0.05]])
+    assert refreekv("num_sinks=1,threshold=0.55", about) == [True, True, True]
+    assert refreekv("num_sinks=1,threshold=0.56", about) == [False, False, True]
+
+
+def test_refreekv_at_its_ends() -> None:
+    some = last_row([[0.5, 0.1, 0.0, 0.1, 0.2, 0.1]])
+    assert refreekv("num_sinks=1,threshold=0", some) == [True] * 5
+    assert refreekv("num_sinks=1,threshold=0", last_row([[0.5, 0.0, 0.0, 0.2, 0.2, 0.1]])) == [False] * 2 + [True] * 3
+    assert refreekv("num_sinks=1,threshold=1", some) == [False] * 4 + [True], "the last token"
+    assert refreekv("num_sinks=3,threshold=1", some) == [True] * 2 + [False] * 2 + [True], "sinks and the last token"
+    only = last_row([[0.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
+    assert refreekv("num_sinks=2,threshold=0.99", only) == [True] * 5, "all attention on the first that is no sink"
+    assert refreekv("num_sinks=2", last_row([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])) == [True] + [False] * 3 + [True]
+
+
+def test_sinks_in_the_norm_let_nearly_everything_go() -> None:
+    """1,000 tokens, 60% of the attention on 4 sinks and the rest flat: the toy of the specification."""
+    about = last_row([[0.15] * 4 + [0.4 / 996] * 996], prefix_len=4)
+    assert sum(refreekv("rule=paper", about)) == 1
+    assert sum(refreekv("rule=code", about)) == 977
+
+
+@given(st.integers(0, 2**16), st.sampled_from(["code", "paper"]))
+def test_refreekv_keeps_sinks_and_a_suffix_and_never_more_at_a_higher_threshold(seed: int, rule: str) -> None:
+    about = last_row(torch.softmax(2 * random(seed, 3, 40), dim=-1).tolist(), prefix_len=2)
+    counts = []
+    for threshold in (0, 0.01, 0.1, 0.5, 1):
+        kept = refreekv(f"rule={rule},threshold={threshold}", about)
+        assert kept[:2] == [True, True], "4 sinks, 2 of them in the prefix"
+        cut = kept.index(True, 2)
+        assert all(kept[cut:]) and not any(kept[2:cut])
+        counts.append(sum(kept))
+    assert counts == sorted(counts, reverse=True)
+
+
 @given(st.integers(0, 2**16), st.floats(0.01, 100))
 def test_scaling_all_keys_keeps_the_order_of_their_norms(seed: int, factor: float) -> None:
     keys = random(seed, 2, 30, 8).double()
@@ -391,8 +474,13 @@ def test_scaling_all_keys_keeps_the_order_of_their_norms(seed: int, factor: floa
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
-def llm(request: pytest.FixtureRequest) -> kvzip.LLM:
-    return kvzip.wrap(tiny_model(request.param, seed=3), tiny_tokenizer())
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kvzip.LLM]:
+    llm = kvzip.wrap(tiny_model(request.param, seed=3), tiny_tokenizer())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for kind in PROFILERS:
+            llm.calibrate(kind, 2 * TEXT)
+        yield llm
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +508,8 @@ def test_counts_are_exact_and_kept_rows_are_copies(prefilled: kvzip.Prefilled, m
 def test_keeping_everything_is_the_full_cache(prefilled: kvzip.Prefilled, method: str) -> None:
     scores = prefilled.scores(parse_method(method))
     chosen = parse_method(method)
-    assert chosen.budget_kind(scores, scores.numel(), dict(chosen.budget.options)).all()
+    profile = prefilled.llm.profile_for(chosen.budget_kind.needs)
+    assert chosen.budget_kind(scores, scores.numel(), dict(chosen.budget.options), profile).all()
     whole, plain = (prefilled.compress(kvzip.CompressOptions(keep_ratio=1.0, method=m)) for m in (method, "kvzip"))
     assert torch.equal(whole.data.keep_mask, plain.data.keep_mask)
     assert whole.ask("why?", max_new_tokens=4).token_ids == plain.ask("why?", max_new_tokens=4).token_ids
@@ -457,6 +546,44 @@ def test_tova_keeps_the_same_tokens_in_all_heads_of_a_layer(prefilled: kvzip.Pre
     pairs = 50 * scores.shape[0] * scores.shape[1]
     mask = prefilled.compress(kvzip.CompressOptions(budget=pairs, method="tova")).data.keep_mask
     assert (mask == mask[:, :1]).all()
+
+
+def test_refreekv_decides_itself_and_is_streaming_with_that_count(llm: kvzip.LLM, prefilled: kvzip.Prefilled) -> None:
+    data = llm.compress(TEXT, method="refreekv:whole_layers=1,threshold=0.1").data
+    mask, info = data.keep_mask, data.info
+    assert (info.keep_ratio_asked, info.budget_asked) == (None, None)
+    assert info.keep_ratio == mask.sum() / mask.numel() < 1
+    assert mask[0].all() and (mask == mask[:, :1]).all()
+    again = prefilled.compress(kvzip.CompressOptions(method="refreekv:whole_layers=1,threshold=0.1")).data
+    assert torch.equal(again.keep_mask, mask)
+    per_head = mask.shape[1] * mask.sum(dim=-1)[1:, 0]
+    streaming = prefilled.scores(parse_method("streaming-llm:num_sinks=0"))
+    for layer, pairs in enumerate(per_head.tolist(), start=1):
+        expected = BUDGET_KINDS["uniform"](streaming[layer : layer + 1], pairs, {})
+        assert torch.equal(mask[layer : layer + 1], expected), "the prefix is longer than the sinks"
+
+
+def test_a_threshold_of_any_scores_keeps_what_is_above(prefilled: kvzip.Prefilled) -> None:
+    scores = prefilled.scores(parse_method("kvzip"))
+    data = prefilled.compress(kvzip.CompressOptions(method="kvzip+threshold:threshold=0.02")).data
+    assert torch.equal(data.keep_mask, scores > 0.02) and 0 < data.info.keep_ratio < 1
+    with pytest.raises(BudgetError, match="give one below"):
+        prefilled.compress(kvzip.CompressOptions(method="kvzip+threshold:threshold=1"))
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"keep_ratio": 0.3}, "keep_ratio 0.3"),
+        ({"keep_ratio": 1.0}, "keep_ratio 1.0"),
+        ({"budget": "64MiB"}, "budget '64MiB'"),
+        ({"faithful": True}, "faithful True"),
+    ],
+)
+def test_nothing_may_be_asked_of_a_method_that_decides(options: dict, hint: str) -> None:
+    with pytest.raises(BudgetError, match=f"{hint} can't be asked of method 'refreekv'.*leave it out") as caught:
+        kvzip.CompressOptions(method="refreekv", **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_skipped_layers_keep_everything(prefilled: kvzip.Prefilled) -> None:

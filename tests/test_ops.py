@@ -224,6 +224,15 @@ def test_layers_that_are_pinned_throughout_leave_the_rest_to_the_others() -> Non
             selection.keep_pinned_layers(scores, budget)
 
 
+def test_a_threshold_keeps_what_is_strictly_above() -> None:
+    scores = torch.tensor([[[0.5, 0.1, 0.2, selection.PINNED]]])
+    assert selection.select_threshold(scores, threshold=0.2).tolist() == [[[True, False, False, True]]]
+    with pytest.raises(BudgetError, match=r"give one below 0\.5"):
+        selection.select_threshold(scores[..., :3], threshold=0.5)
+    with pytest.raises(BudgetError, match="NaN"):
+        selection.select_threshold(scores * torch.nan)
+
+
 def test_the_official_rule_keeps_strictly_more_than_its_threshold() -> None:
     scores = torch.tensor([[[4.0, 3.0, 2.0, 1.0]]])
     assert selection.select_above(scores, 0.75).tolist() == [[[True, True, False, False]]]

@@ -17,10 +17,10 @@ from transformers import DynamicCache
 import kvzip
 from kvzip.compress import FullContext, Selection, chunk_slices, pack_context
 from kvzip.context import ContextInfo, RaggedContext
-from kvzip.head_profile import save_head_profile
 from kvzip.hf.cache import SessionCache
 from kvzip.methods import parse_method
 from kvzip.ops.selection import select_global
+from kvzip.profiles import save_profile
 
 pytestmark = pytest.mark.real
 METHODS = ["kvzip", "kvzip+layer", "kvzip+uniform", "kvzip-head"]
@@ -82,7 +82,8 @@ def test_eviction_equals_masking_alone_and_in_a_batch(
 ) -> None:
     if method == "kvzip-head":
         monkeypatch.setenv("KVZIP_CACHE", str(tmp_path))
-        save_head_profile(case.llm.fingerprint, case.prefilled.scores(parse_method("kvzip")).amax(dim=-1), "test")
+        heads = case.prefilled.scores(parse_method("kvzip")).amax(dim=-1)
+        save_profile("head", case.llm.fingerprint, {"head_scores": heads}, "test")
     data = (context := case.prefilled.compress(kvzip.CompressOptions(keep_ratio=0.3, method=method))).data
     questions = case.questions[:4]
     answers = context.ask_many(questions, max_new_tokens=6, eos_token_id=None)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvzip._version import __version__
-from kvzip.cli import ask, bench, chat, compress, demo, eval, inspect, methods, models, profile_heads
+from kvzip.cli import ask, bench, calibrate, chat, compress, demo, eval, inspect, methods, models
 from kvzip.cli.border import Command
 from kvzip.cli.options import examples
 
@@ -34,7 +34,7 @@ app.command(cls=Command, epilog=methods.EPILOG)(methods.methods)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 app.command("eval", cls=Command, epilog=eval.EPILOG)(eval.eval_)
-app.command("profile-heads", cls=Command, epilog=profile_heads.EPILOG)(profile_heads.profile_heads)
+app.command(cls=Command, epilog=calibrate.EPILOG)(calibrate.calibrate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -38,7 +38,10 @@ def compress(
     keep_ratio: Annotated[
         float | None,
         typer.Option(
-            "-r", "--keep-ratio", metavar="R", help="Share of the KV pairs to keep, 0 < R <= 1.  [default: 0.3]"
+            "-r",
+            "--keep-ratio",
+            metavar="R",
+            help="Share of the KV pairs to keep, 0 < R <= 1.  [default: 0.3; none where the method decides]",
         ),
     ] = None,
     budget: Annotated[

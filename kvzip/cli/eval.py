@@ -177,7 +177,7 @@ def _describe(task: Task) -> str:
 def _print_comparison(first: str, second: str) -> None:
     from kvzip.eval.compare import compare
     from kvzip.eval.run import read_rows
-    from kvzip.eval.summary import percent
+    from kvzip.eval.summary import percent, ratio_text
 
     (before, rows), (after, others) = read_rows(first), read_rows(second)
     found = compare(rows, others)
@@ -186,7 +186,7 @@ def _print_comparison(first: str, second: str) -> None:
         table.add_row(
             line.task,
             line.method,
-            f"{line.keep_ratio:g}",
+            ratio_text(line.keep_ratio),
             f"{100 * line.first:.1f}",
             f"{100 * line.second:.1f}",
             percent(line.change, line.error, "+"),
@@ -199,15 +199,14 @@ def _print_comparison(first: str, second: str) -> None:
 
 
 def _print_lines(lines: list[Line]) -> None:
-    from kvzip.eval.summary import percent
+    from kvzip.eval.summary import kept_text, percent
 
     table = _table("task", "method", "keep", "score", "of full", "KL", "same answer", "memory", "n")
     for line in lines:
-        keep_ratio = line.keep_ratio_asked if line.keep_ratio is None else line.keep_ratio
         table.add_row(
             line.task,
             line.method,
-            f"{keep_ratio:.2f}",
+            kept_text(line, 2),
             percent(line.score, line.error),
             "-" if line.relative is None else f"{100 * line.relative:.0f}%",
             "-" if line.kl is None else f"{line.kl:.4f}",

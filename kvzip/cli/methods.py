@@ -40,7 +40,7 @@ def _aliases() -> list[dict[str, Any]]:
     for name, alias in ALIASES.items():
         method = parse_method(name)
         is_query_agnostic = method.scorer is None or scorer_class(method.scorer.name).is_query_agnostic
-        about = alias.help, alias.source, sorted(method.needs), is_query_agnostic
+        about = alias.help, alias.source, sorted(method.needs), is_query_agnostic, method.decides_count
         rows.append(_row("method", name, method.composition, *about, all_options(name)))
     return rows
 
@@ -53,7 +53,7 @@ def _scorers() -> list[dict[str, Any]]:
     for name in SCORERS:
         cls = scorer_class(name)
         about = cls.summary, cls.source, sorted(cls.needs), cls.is_query_agnostic
-        rows.append(_row("scorer", name, None, *about, options_of(cls)))
+        rows.append(_row("scorer", name, None, *about, False, options_of(cls)))
     return rows
 
 
@@ -61,10 +61,11 @@ def _budgets() -> list[dict[str, Any]]:
     from kvzip.budget import BUDGET_KINDS
     from kvzip.parts import options_of
 
-    return [
-        _row("budget", name, None, kind.help, kind.source, [], None, options_of(kind.select))
-        for name, kind in BUDGET_KINDS.items()
-    ]
+    rows = []
+    for name, kind in BUDGET_KINDS.items():
+        about = kind.help, kind.source, sorted(kind.needs), None, kind.decides_count
+        rows.append(_row("budget", name, None, *about, options_of(kind.select)))
+    return rows
 
 
 def _transforms() -> list[dict[str, Any]]:
@@ -72,7 +73,9 @@ def _transforms() -> list[dict[str, Any]]:
     from kvzip.transforms import TRANSFORMS, transform_class
 
     found = ((name, transform_class(name)) for name in TRANSFORMS)
-    return [_row("transform", name, None, cls.summary, cls.source, [], None, options_of(cls)) for name, cls in found]
+    return [
+        _row("transform", name, None, cls.summary, cls.source, [], None, False, options_of(cls)) for name, cls in found
+    ]
 
 
 def _row(
@@ -83,6 +86,7 @@ def _row(
     source: str,
     needs: list[str],
     is_query_agnostic: bool | None,
+    decides_count: bool,
     options: dict[str, Option],
 ) -> dict[str, Any]:
     """One entry of `--json`. The keys are a contract."""
@@ -93,6 +97,7 @@ def _row(
         "description": description,
         "needs": needs,
         "query_agnostic": is_query_agnostic,
+        "decides_count": decides_count,
         "source": source,
         "options": {
             option.name: {"default": option.show(option.default), "allowed": option.allowed}
@@ -123,9 +128,12 @@ def _show(rows: list[dict[str, Any]]) -> None:
 def _details(row: dict[str, Any]) -> list[str]:
     """Needs and source in a line, and options in another."""
     facts = []
-    if row["kind"] in ("method", "scorer"):
+    if row["kind"] in ("method", "scorer") or row["needs"]:
         facts.append("needs " + (", ".join(row["needs"]).replace("_", " ") or "nothing"))
+    if row["kind"] in ("method", "scorer"):
         facts += [] if row["query_agnostic"] else ["published with the question in view"]
+    if row["decides_count"]:
+        facts.append("decides itself how much to keep")
     options = " ".join(f"{name}={about['default'] or 'none'}" for name, about in row["options"].items())
     facts = ["; ".join([*facts, row["source"]])]
     return [*facts, f"options: {options}"] if options and row["kind"] != "method" else facts

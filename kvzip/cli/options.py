@@ -18,8 +18,8 @@ def complete_model(incomplete: str) -> list[tuple[str, str]]:
 def complete_method(incomplete: str) -> list[str]:
     """Names of methods, for the shell; spelled out here because the registry imports torch."""
     names = (
-        "adakv", "expected-attention", "h2o", "kvzip", "kvzip+layer", "kvzip+uniform", "kvzip-head", "kvzip-plus",
-        "l2-norm", "pyramidkv", "random", "snapkv", "streaming-llm", "tova",
+        "adakv", "baklava", "duo-attention", "expected-attention", "h2o", "kvzip", "kvzip+layer", "kvzip+uniform",
+        "kvzip-head", "kvzip-plus", "l2-norm", "pyramidkv", "random", "refreekv", "snapkv", "streaming-llm", "tova",
     )  # fmt: skip
     return [name for name in names if name.startswith(incomplete)]
 

@@ -10,18 +10,20 @@ from kvzip.errors import InputError
 from kvzip.eval.metrics import mean_and_error
 
 Row = dict[str, Any]
+Cell = tuple[str, str, float | None]  # task, method, keep ratio asked
 
 
 @dataclass(frozen=True)
 class Difference:
     """One task, method and keep ratio in two runs, over the questions that both asked of the same contexts.
 
-    first, second: mean scores.  change, error: second minus first, and its standard error, contexts as clusters.
+    keep_ratio: as asked; None where the method decides.  first, second: mean scores.  change, error: second minus
+    first, and its standard error, contexts as clusters.
     """
 
     task: str
     method: str
-    keep_ratio: float
+    keep_ratio: float | None
     first: float
     second: float
     change: float
@@ -45,9 +47,9 @@ def compare(first: list[Row], second: list[Row]) -> list[Difference]:
 Scores = dict[int, dict[str, float]]  # by sample and question
 
 
-def _scores(rows: list[Row]) -> dict[tuple[str, str, float], Scores]:
+def _scores(rows: list[Row]) -> dict[Cell, Scores]:
     texts = {(r["task"], r["sample"]): [q["text"] for q in r["questions"]] for r in rows if r["kind"] == "asked"}
-    cells: dict[tuple[str, str, float], Scores] = defaultdict(dict)
+    cells: dict[Cell, Scores] = defaultdict(dict)
     for row in rows:
         if row["kind"] == "row":
             asked = texts[row["task"], row["sample"]]
@@ -63,7 +65,7 @@ def _shared(first: Scores, second: Scores) -> list[list[tuple[float, float]]]:
     return [found for found in pairs if found]
 
 
-def _difference(cell: tuple[str, str, float], shared: list[list[tuple[float, float]]]) -> Difference:
+def _difference(cell: Cell, shared: list[list[tuple[float, float]]]) -> Difference:
     change, error = mean_and_error([[b - a for a, b in pairs] for pairs in shared])
     flat = [pair for pairs in shared for pair in pairs]
     means = [sum(pair[i] for pair in flat) / len(flat) for i in (0, 1)]

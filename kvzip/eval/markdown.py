@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line, percent, summarize
+from kvzip.eval.summary import Line, percent, ratio_text, summarize
 
 Row = dict[str, Any]
 OURS = "kvzip"
@@ -45,7 +45,7 @@ def _task(label: str, lines: list[Line], pictures: dict[str, str]) -> str:
 def _table(title: str, lines: list[Line], show: Any) -> str:
     ratios = list(dict.fromkeys(line.keep_ratio_asked for line in lines))
     found = {(line.method, line.keep_ratio_asked): line for line in lines}
-    head = f"| {title} | {' | '.join(f'{ratio:g}' for ratio in ratios)} |\n|{' --- |' * (len(ratios) + 1)}"
+    head = f"| {title} | {' | '.join(map(ratio_text, ratios))} |\n|{' --- |' * (len(ratios) + 1)}"
     body = [
         f"| {method} | {' | '.join(show(found[method, r]) if (method, r) in found else '-' for r in ratios)} |"
         for method in dict.fromkeys(line.method for line in lines)
@@ -64,10 +64,11 @@ def _losses(lines: list[Line]) -> str:
         ]  # fmt: skip
         better = [f"{line.method} ({_score(line)})" for line in same if (line.score or 0) > (own.score or 0)]
         nearer = [f"{line.method} ({_number(line.kl)})" for line in same if (line.kl or 0) < (own.kl or 0)]
+        where = f"{own.task} at {ratio_text(own.keep_ratio_asked)}"
         if better:
-            found.append(f"- {own.task} at {own.keep_ratio_asked:g}: score {_score(own)} against {', '.join(better)}")
+            found.append(f"- {where}: score {_score(own)} against {', '.join(better)}")
         if nearer:
-            found.append(f"- {own.task} at {own.keep_ratio_asked:g}: KL {_number(own.kl)} against {', '.join(nearer)}")
+            found.append(f"- {where}: KL {_number(own.kl)} against {', '.join(nearer)}")
     listed = "\n".join(found) or "- nowhere in this run"
     return f"### Where `{OURS}` is not the best\n\nErrors overlap in many of these; all are listed.\n\n{listed}\n"
 

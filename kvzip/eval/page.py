@@ -7,7 +7,7 @@ from typing import Any
 
 from kvzip.eval.plots import curves, kept_map, needle_map, svg
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line, percent, summarize
+from kvzip.eval.summary import Line, kept_text, percent, ratio_text, summarize
 
 Row = dict[str, Any]
 NUM_EXAMPLES = 4
@@ -107,7 +107,7 @@ def _table(lines: list[Line]) -> str:
 def _shown(line: Line) -> tuple[str, ...]:
     return (
         line.method,
-        f"{line.keep_ratio_asked if line.keep_ratio is None else line.keep_ratio:.3f}",
+        kept_text(line, 3),
         percent(line.score, line.error),
         "" if line.method == FULL else percent(line.change, line.change_error, "+"),
         "-" if line.relative is None else f"{100 * line.relative:.0f}%",
@@ -151,7 +151,7 @@ def _example(row: Row, question: Row, before: Row, after: Row) -> str:
         ("question", _text(question["text"])),
         ("expected", _text(_cut(question["gold"]))),
         ("full cache", _judged(before)),
-        (f"{row['method']}, {row['keep_ratio_asked']:g}", _judged(after)),
+        (f"{row['method']}, {ratio_text(row['keep_ratio_asked'])}", _judged(after)),
     ]
     return '<div class="example">' + "".join(f"<span>{_text(n)}</span><span>{v}</span>" for n, v in cells) + "</div>"
 
@@ -171,7 +171,7 @@ def _gaps(rows: list[Row]) -> str:
     gaps: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["kind"] == "gap":
-            gaps.setdefault((row["task"], row["method"], row["reason"]), []).append(f"{row['keep_ratio_asked']:g}")
+            gaps.setdefault((row["task"], row["method"], row["reason"]), []).append(ratio_text(row["keep_ratio_asked"]))
     if not gaps:
         return ""
     lines = [

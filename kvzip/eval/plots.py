@@ -9,7 +9,7 @@ from typing import Any
 
 from kvzip.eval.drawing import pyplot
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line
+from kvzip.eval.summary import Line, ratio_text
 
 Row = dict[str, Any]
 COLORS = (
@@ -56,11 +56,11 @@ def needle_map(rows: list[Row]) -> Any | None:
         return None
     depths = sorted({about["depth"] for about in depth_of.values()})
     lengths = sorted({about["context_len"] for about in depth_of.values()})
-    ratios = sorted({row["keep_ratio_asked"] for row in found}, reverse=True)
+    ratios = sorted({row["keep_ratio_asked"] for row in found}, key=lambda r: -1.0 if r is None else r, reverse=True)
     grids: dict[str, list[list[float]]] = {}
     for method in dict.fromkeys(row["method"] for row in found):
         for length in lengths:
-            cells: dict[tuple[float, float], list[float]] = {}
+            cells: dict[tuple[float, float | None], list[float]] = {}
             for row in found:
                 about = depth_of[row["sample"]]
                 if row["method"] == method and about["context_len"] == length:
@@ -68,19 +68,21 @@ def needle_map(rows: list[Row]) -> Any | None:
                     cells.setdefault((about["depth"], row["keep_ratio_asked"]), []).append(score)
             title = method if len(lengths) == 1 else f"{method}, {length:,} tokens"
             grids[title] = [[_mean(cells.get((depth, ratio), [])) for ratio in ratios] for depth in depths]
-    labels = [f"{ratio:g}" for ratio in ratios], [f"{100 * depth:.0f}%" for depth in depths]
+    labels = [ratio_text(ratio) for ratio in ratios], [f"{100 * depth:.0f}%" for depth in depths]
     return _maps(grids, labels, ("keep ratio", "depth of the needle"), "RdYlGn", "share found")
 
 
 def kept_map(rows: list[Row]) -> Any | None:
-    """Share of pairs kept in each layer and head, one panel a method, at the keep ratio nearest to 0.3."""
-    found = [row for row in rows if row["kind"] == "row" and row["method"] != FULL and row["keep_ratio_asked"] < 1]
+    """Share of pairs kept in each layer and head, one panel a method, at the keep ratio nearest to 0.3 or its own."""
+    found = [row for row in rows if row["kind"] == "row" and row["method"] != FULL and row["keep_ratio_asked"] != 1]
     if not found:
         return None
-    ratio = min({row["keep_ratio_asked"] for row in found}, key=lambda r: abs(r - 0.3))
+    ratios = [row["keep_ratio_asked"] for row in found if row["keep_ratio_asked"] is not None]
+    ratio = min(ratios, key=lambda r: abs(r - 0.3), default=None)
     grids = {}
     for method in dict.fromkeys(row["method"] for row in found):
-        shares = [row["kept_share"] for row in found if (row["method"], row["keep_ratio_asked"]) == (method, ratio)]
+        own = [row for row in found if row["method"] == method]
+        shares = [row["kept_share"] for row in own if row["keep_ratio_asked"] in (ratio, None)]
         if shares:
             grids[method] = [
                 [_mean([share[layer][head] for share in shares]) for layer in range(len(shares[0]))]
@@ -89,7 +91,7 @@ def kept_map(rows: list[Row]) -> Any | None:
     heads = len(next(iter(grids.values())))
     layers = len(next(iter(grids.values()))[0])
     labels = [str(i) if i % 5 == 0 else "" for i in range(layers)], [str(i) for i in range(heads)]
-    return _maps(grids, labels, ("layer", "KV head"), "viridis", f"share kept at keep ratio {ratio:g}")
+    return _maps(grids, labels, ("layer", "KV head"), "viridis", f"share kept at keep ratio {ratio_text(ratio)}")
 
 
 def svg(figure: Any) -> str:
@@ -127,11 +129,11 @@ def pictures(lines: list[Line], rows: list[Row]) -> Iterator[tuple[str, Any]]:
 
 
 def _by_method(lines: list[Line]) -> list[tuple[str, list[Line]]]:
-    """Lines with a result of each method but the full cache, by keep ratio."""
+    """Lines with a result of each method but the full cache, by keep ratio as reached."""
     measured = [line for line in lines if line.score is not None and line.method != FULL]
     methods = dict.fromkeys(line.method for line in measured)
     return [
-        (method, sorted((line for line in measured if line.method == method), key=lambda line: line.keep_ratio_asked))
+        (method, sorted((line for line in measured if line.method == method), key=lambda line: line.keep_ratio or 0.0))
         for method in methods
     ]
 

@@ -25,8 +25,8 @@ from kvzip.llm import LLM, CompressedContext, Prefilled
 from kvzip.options import CompressOptions
 from kvzip.progress import Progress, silent
 
-Cell = tuple[str, float]  # method, keep ratio
-Key = tuple[str, int, str, float]
+Cell = tuple[str, float | None]  # method, keep ratio asked
+Key = tuple[str, int, str, float | None]
 ASKED: Cell = ("", 0.0)  # in the key of the line that holds a sample's questions
 WHOLE_TASK = -1  # as the number of a sample
 BATCH = 16  # questions decoded at once

@@ -26,8 +26,9 @@ class EvalSettings:
     """What is measured.
 
     tasks, methods: names of the registries; the full cache and BASELINES are always measured too.  keep_ratios: each
-    0 < r <= 1.  context_len: tokens of a context, about.  limit: samples a task.  data: files, by the task that reads
-    them.  questions: a file of questions, for the task `text`.
+    0 < r <= 1; a method that decides itself how much to keep is measured once instead.  context_len: tokens of a
+    context, about.  limit: samples a task.  data: files, by the task that reads them.  questions: a file of questions,
+    for the task `text`.
     mode: "multi-request" (each question alone behind the context) or "multi-turn" (behind the questions before it and
     their expected answers); the context is compressed before any question is seen in both.
     max_questions: of a context, spread over all it has; None = all.  reconstruction: also measure how much of the text
@@ -64,12 +65,17 @@ class EvalSettings:
             raise UnknownNameError.of("mode", self.mode, MODES)
 
     @property
-    def cells(self) -> list[tuple[str, float]]:
-        """(method, keep ratio) of every row of a sample, the full cache first."""
+    def cells(self) -> list[tuple[str, float | None]]:
+        """(method, keep ratio asked) of every row of a sample, the full cache first; None = the method decides."""
         known = {parse_method(name).composition for name in self.methods}
         methods = [*self.methods, *(b for b in BASELINES if parse_method(b).composition not in known)]
-        points = ((method, self.keep_ratios if parse_method(method).scorer else (1.0,)) for method in methods)
-        return [(FULL, 1.0), *((method, ratio) for method, ratios in points for ratio in ratios)]
+        return [(FULL, 1.0), *((method, ratio) for method in methods for ratio in self._asked(method))]
+
+    def _asked(self, method: str) -> tuple[float | None, ...]:
+        chosen = parse_method(method)
+        if chosen.decides_count:
+            return (None,)
+        return self.keep_ratios if chosen.scorer else (1.0,)
 
     def describe(self, llm: LLM) -> dict[str, Any]:
         """All that decides the rows, as it stands in the header."""

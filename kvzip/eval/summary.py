@@ -11,24 +11,25 @@ from kvzip.eval.metrics import mean_and_error
 from kvzip.eval.settings import FULL
 
 Row = dict[str, Any]
-Key = tuple[str, str, float]  # task (and part), method, keep ratio asked
+Key = tuple[str, str, float | None]  # task (and part), method, keep ratio asked
 
 
 @dataclass(frozen=True)
 class Line:
     """One method at one keep ratio on one task, or on one part of a mixed task ("mix-repoqa-kv/kv").
 
-    score, error: mean and its standard error, contexts as clusters.  change, change_error: score minus that of the full
-    cache on the same questions.  relative: score over the full cache's, None where that is 0.  kl: mean
-    KL(full || compressed) a token, in nats.  same: share of unchanged answers.  reconstruction: share of the text that
-    is still repeated, or None.  num_contexts, num_questions: measured.  num_asked: questions with those of gaps.
-    gaps: samples without a result.  nbytes, full_nbytes: mean of the contexts.  seconds: answering and comparing, a
-    question.  All numbers of a line without a result are None.
+    keep_ratio_asked: None where the method decides how much to keep.  score, error: mean and its standard error,
+    contexts as clusters.  change, change_error: score minus that of the full cache on the same questions.  relative:
+    score over the full cache's, None where that is 0.  kl: mean KL(full || compressed) a token, in nats.  same: share
+    of unchanged answers.  reconstruction: share of the text that is still repeated, or None.  num_contexts,
+    num_questions: measured.  num_asked: questions with those of gaps.  gaps: samples without a result.  nbytes,
+    full_nbytes: mean of the contexts.  seconds: answering and comparing, a question.  All numbers of a line without a
+    result are None.
     """
 
     task: str
     method: str
-    keep_ratio_asked: float
+    keep_ratio_asked: float | None
     keep_ratio: float | None = None
     score: float | None = None
     error: float | None = None
@@ -117,6 +118,17 @@ def _line(key: Key, group: _Group) -> Line:
         full_nbytes=_mean([row["full_kv_nbytes"] for row in rows]),
         seconds=sum(row["ask_s"] for row in rows) / sum(len(row["answers"]) for row in rows),
     )
+
+
+def ratio_text(keep_ratio: float | None) -> str:
+    """A keep ratio as it was asked for, "0.3"; "own" where the method decides."""
+    return "own" if keep_ratio is None else f"{keep_ratio:g}"
+
+
+def kept_text(line: Line, digits: int) -> str:
+    """The keep ratio as reached; as asked where there is no result."""
+    known = line.keep_ratio_asked if line.keep_ratio is None else line.keep_ratio
+    return ratio_text(None) if known is None else f"{known:.{digits}f}"
 
 
 def percent(value: float | None, error: float | None, sign: str = "") -> str:

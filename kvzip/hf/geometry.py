@@ -49,6 +49,11 @@ class Geometry:
     max_positions: int | None
 
     @property
+    def full_shape(self) -> tuple[int, int]:
+        """Full-attention layers, and the KV heads of each."""
+        return len(self.full_layers), self.layers[self.full_layers[0]].num_kv_heads
+
+    @property
     def full_layers(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.window is None)
 

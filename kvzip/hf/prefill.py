@@ -48,12 +48,14 @@ class Watch:
 
     start: position of the first token whose queries are shown.  observe: called once a full-attention layer and block.
     last: where the text is read again, the last layer that is watched; what comes after its attention is not computed.
+    with_outputs: show values and outputs too.
     """
 
     prefix_len: int
     start: int
     observe: Callable[[int, Reading], None]
     last: int | None = None
+    with_outputs: bool = False
 
 
 class _AllObserved(Exception):
@@ -80,6 +82,8 @@ class WatchedView(DenseView):
                 scale=call.scale,
                 softcap=call.softcap,
                 inv_freq=self.layer.geometry.inv_freq,
+                values=self.values[0, :, skip:] if self.watch.with_outputs else None,
+                outputs=out[0, :, skip:] if self.watch.with_outputs else None,
             )
             self.watch.observe(self.layer.index, reading)
         if self.layer.index == self.watch.last:

@@ -37,6 +37,30 @@ def input_norms(model: PreTrainedModel, geometry: Geometry) -> Iterator[dict[int
         yield found
 
 
+@contextmanager
+def entering_streams(model: PreTrainedModel, geometry: Geometry) -> Iterator[dict[int, Tensor]]:
+    """The residual stream [T, E] (batch 1) that last entered each full-attention layer, kept up to date.
+
+    What enters a layer is the first argument of the module that holds its attention.
+    """
+    found: dict[int, Tensor] = {}
+
+    def hook_of(index: int) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[index] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        return hook
+
+    attention = {module: index for index, module in _attention_modules(model).items()}
+    with ExitStack() as stack:
+        for block in model.get_decoder().modules():
+            for child in block.children():
+                if attention.get(child) in geometry.full_layers:
+                    handle = block.register_forward_pre_hook(hook_of(attention[child]), with_kwargs=True)
+                    stack.callback(handle.remove)
+        yield found
+
+
 def output_weights(model: PreTrainedModel, geometry: Geometry) -> dict[int, Tensor]:
     """The output projection of each full-attention layer as [Hq, D, E], views of the weights.
 

@@ -6,6 +6,7 @@ no faster form exists (soft cap, devices without a fused kernel). Shape letters 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -110,13 +111,48 @@ def causal_columns(
     block_logits: logits that exist at a time (one row of S at least).
     Returns [Hkv, S] float32: a key that no row sees has 0.
     """
+    found = torch.zeros(keys.shape[:2], device=keys.device)
+    for head, _, weights, _ in _causal_blocks(query, keys, lse, scale, softcap, block_logits):
+        if reduce == "max":
+            torch.maximum(found[head], weights.amax(dim=0), out=found[head])
+        else:
+            found[head] += weights.sum(dim=0)
+    return found
+
+
+def mass_between(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    first: int,
+    num_recent: int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    block_logits: int = 1 << 20,
+) -> Tensor:
+    """The share of its attention that each query pays the keys from index `first` on but the last `num_recent` it sees.
+
+    query, keys, lse, block_logits: as in `causal_columns`.  Returns [Hq, T] float32 in [0, 1].
+    """
+    found = torch.zeros(keys.shape[0], query.numel() // (keys.shape[0] * query.shape[2]), device=keys.device)
+    columns = torch.arange(keys.shape[1], device=keys.device)
+    for head, rows, weights, last_seen in _causal_blocks(query, keys, lse, scale, softcap, block_logits):
+        far = (columns >= first) & (columns <= last_seen - num_recent)
+        found[head, rows] = weights.masked_fill_(~far, 0.0).sum(dim=1)
+    return found.reshape(query.shape[:2]).clamp_max_(1.0)
+
+
+def _causal_blocks(
+    query: Tensor, keys: Tensor, lse: Tensor, scale: float, softcap: float | None, block_logits: int
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Blocks of attention weights [rows, S]: KV head, which of its G*T rows, weights, the last key that a row sees."""
     num_kv_heads, kv_len, head_dim = keys.shape
     q_len = query.shape[1]
     rows = (query.float() * scale).reshape(num_kv_heads, -1, head_dim)
     row_lse = lse.reshape(num_kv_heads, -1, 1)
     last_seen = (torch.arange(rows.shape[1], device=keys.device) % q_len + kv_len - q_len).unsqueeze(1)
     columns = torch.arange(kv_len, device=keys.device)
-    found = torch.zeros(num_kv_heads, kv_len, device=keys.device)
     step = max(1, block_logits // max(1, kv_len))
     for head in range(num_kv_heads):
         transposed = keys[head].float().t()
@@ -124,8 +160,4 @@ def causal_columns(
             part = slice(start, start + step)
             weights = soft_capped(rows[head, part] @ transposed, softcap).sub_(row_lse[head, part]).exp_()
             weights = weights.clamp_max_(1.0).masked_fill_(columns > last_seen[part], 0.0)
-            if reduce == "max":
-                torch.maximum(found[head], weights.amax(dim=0), out=found[head])
-            else:
-                found[head] += weights.sum(dim=0)
-    return found
+            yield head, part, weights, last_seen[part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from kvzip.errors import BudgetError
 from kvzip.parts import Range
 
 PINNED = 1e30  # scores from here on are of pairs that are kept before all others, as far as the budget goes
+NAN = "scores hold NaN: the model gave attention that is not a number"
 
 
 def pin_first(scores: Tensor, count: int) -> Tensor:
@@ -37,7 +39,7 @@ def top_mask(scores: Tensor, budget: int) -> Tensor:
     if not 0 <= budget <= length:
         raise BudgetError(f"budget {budget} is out of range: a row has {length} KV pairs")
     if torch.isnan(scores).any():
-        raise BudgetError("scores hold NaN: the model gave attention that is not a number")
+        raise BudgetError(NAN)
     if budget == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(length - budget + 1, dim=1, keepdim=True).values
@@ -135,6 +137,19 @@ def keep_pinned_layers(scores: Tensor, budget: int) -> tuple[Tensor, int]:
     return pinned, budget - taken
 
 
+def select_threshold(scores: Tensor, *, threshold: float = 0.01) -> Tensor:
+    """Every pair whose score is above `threshold`: the scores decide how many.
+
+    Raises BudgetError where that is none, or a score is NaN.
+    """
+    if torch.isnan(scores).any():
+        raise BudgetError(NAN)
+    mask = scores > threshold
+    if not mask.any():
+        raise BudgetError(f"no pair has a score above the threshold {threshold:g}: give one below {scores.max():g}")
+    return mask
+
+
 def select_heads(scores: Tensor, budget: int) -> Tensor:
     """Whole heads in the order of their best score: as many as come nearest to `budget` pairs, at least one.
 
@@ -145,6 +160,95 @@ def select_heads(scores: Tensor, budget: int) -> Tensor:
     per_head = scores.amax(dim=-1).reshape(1, -1)
     count = min(max(round(budget / max(length, 1)), 1), per_head.numel())
     return top_mask(per_head, count).reshape(num_layers, num_kv_heads, 1).expand(scores.shape)
+
+
+def select_counts(scores: Tensor, counts: Tensor) -> Tensor:
+    """The best pairs of each head, `counts` [L, Hkv] int64 of them; ties go to the lower position."""
+    rows = zip(scores.flatten(0, 1), counts.flatten().tolist(), strict=True)
+    return torch.cat([top_mask(row.unsqueeze(0), count) for row, count in rows]).reshape(scores.shape)
+
+
+def select_baklava(
+    scores: Tensor, budget: int, profile: Mapping[str, Tensor], *, gamma: Annotated[float, Range(0)] = 0.5
+) -> Tensor:
+    """The best pairs of each head; a head gets as many as it is important in the profile, with its layer.
+
+    profile: head_importance [L, Hkv] and layer_importance [L], not negative. Each over its largest, a head weighs
+    head * (1 + gamma * layer); sizes are proportional to that (`proportional_counts`).
+    Source: BaKlaVa (arXiv 2502.13176), by one proportional rule in place of its search.
+    """
+    heads, layers = (_over_largest(profile[name].double()) for name in ("head_importance", "layer_importance"))
+    weights = heads * (1 + gamma * layers.unsqueeze(1))
+    counts = proportional_counts(budget, weights.flatten().tolist(), scores.shape[-1])
+    return select_counts(scores, torch.tensor(counts).reshape(weights.shape))
+
+
+def _over_largest(values: Tensor) -> Tensor:
+    return values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def proportional_counts(total: int, weights: list[float], capacity: int) -> list[int]:
+    """`total` as integers of at most `capacity`, in proportion to `weights`; what one can't take goes to the others.
+
+    weights: not negative; where all that still have room are 0, they share evenly. Fractions are rounded down, and the
+    units this leaves go to the largest of them, of equal ones the first.
+    """
+    room, shares = total, [0.0] * len(weights)
+    unsettled = list(range(len(weights)))
+    while unsettled:
+        mass = sum(weights[i] for i in unsettled)
+        for i in unsettled:
+            shares[i] = room * weights[i] / mass if mass > 0 else room / len(unsettled)
+        full = [i for i in unsettled if shares[i] > capacity]
+        if not full:
+            break
+        for i in full:
+            shares[i] = capacity
+        room -= capacity * len(full)
+        unsettled = [i for i in unsettled if shares[i] < capacity]
+    counts = [int(share) for share in shares]
+    by_fraction = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in [i for i in by_fraction if counts[i] < capacity][: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def select_duo(
+    scores: Tensor,
+    budget: int,
+    profile: Mapping[str, Tensor],
+    *,
+    num_sinks: Annotated[int, Range(0)] = 64,
+    num_recent: Annotated[int, Range(0)] = 256,
+) -> Tensor:
+    """Retrieval heads keep everything, streaming heads their first `num_sinks` and last `num_recent` pairs.
+
+    profile: retrieval_scores [L, Hkv]; the highest are retrieval heads, as many as the budget can hold. What it leaves
+    over lengthens the next head in order. A budget that is too small for streaming heads alone is split evenly, with
+    sinks and recent pairs in the same proportion.  scores: read for their shape alone.
+    Source: DuoAttention (arXiv 2410.10819).
+    """
+    length, num_heads = scores.shape[-1], scores.shape[0] * scores.shape[1]
+    streaming = min(length, num_sinks + num_recent)
+    spare = budget - num_heads * streaming
+    if spare < 0:
+        counts = torch.tensor(split_evenly(budget, num_heads))
+        num_sinks = num_sinks * (budget // num_heads) // (num_sinks + num_recent)
+    else:
+        full, rest = divmod(spare, max(1, length - streaming))
+        order = profile["retrieval_scores"].flatten().argsort(descending=True, stable=True)
+        counts = torch.full((num_heads,), streaming)
+        counts[order[:full]] = length
+        counts[order[full : full + 1]] += rest
+    by_place = sinks_then_recent(length, num_sinks).expand(scores.shape)
+    return select_counts(by_place, counts.reshape(scores.shape[:2]))
+
+
+def sinks_then_recent(length: int, num_sinks: int) -> Tensor:
+    """Scores [length] float32 by position, in [0, 1): later is higher; the first `num_sinks` have 1."""
+    by_position = torch.arange(length, dtype=torch.float64) / max(1, length)
+    by_position[:num_sinks] = 1.0
+    return by_position.float()
 
 
 def select_above(scores: Tensor, keep_ratio: float) -> Tensor:
@@ -162,3 +266,17 @@ def split_evenly(total: int, parts: int) -> list[int]:
     """`total` as `parts` integers that differ by at most one, the larger first."""
     low, more = divmod(total, parts)
     return [low + 1] * more + [low] * (parts - more)
+
+
+def pool_ranks(scores: Tensor, pool_dims: tuple[bool, bool]) -> Tensor:
+    """256 x the share of pairs in the same pool that stand lower, as uint8 [Lf, Hkv, S].
+
+    pool_dims: whether layers, and heads, share a pool.
+    """
+    num_layers, num_kv_heads, _ = scores.shape
+    num_pools = (1 if pool_dims[0] else num_layers) * (1 if pool_dims[1] else num_kv_heads)
+    pools = scores.reshape(num_pools, -1)
+    order = pools.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(pools.shape[1] - 1, -1, -1).expand_as(pools)
+    ranks = torch.empty_like(order).scatter_(1, order, places)
+    return (ranks * 256 // max(1, pools.shape[1])).to(torch.uint8).reshape(scores.shape)

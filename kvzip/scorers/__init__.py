@@ -18,6 +18,7 @@ SCORERS = {
     "reconstruction": "kvzip.scorers.reconstruction:ReconstructionScorer",
     "reconstruction-plus": "kvzip.scorers.reconstruction_plus:ReconstructionPlusScorer",
     "sinks-recent": "kvzip.scorers.sinks_recent:SinksRecentScorer",
+    "suffix-loss": "kvzip.scorers.suffix_loss:SuffixLossScorer",
     "window": "kvzip.scorers.window:WindowScorer",
 }
 FAITHFUL = {"reconstruction-faithful": "kvzip.scorers.reconstruction:FaithfulReconstructionScorer"}  # an option's

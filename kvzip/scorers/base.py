@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +15,15 @@ NEEDS = {
     "prefill_queries": "the queries of all of the context's tokens while it is read",
     "replay_queries": "the queries of the model while it repeats the context, chunk by chunk",
     "hidden_states": "with replay_queries: norms of the attention's inputs, and its output projection",
-    "head_profile": "one score a KV head, made once per model by `kvzip profile-heads`",
+    "attention_outputs": "with queries of the context: what each head puts out, and what the layer adds to the stream",
+    "head_profile": "the largest score of each KV head, made once per model by `kvzip calibrate --method head`",
+    "baklava_profile": "the importance of heads and layers, made once by `kvzip calibrate --method baklava`",
+    "duo_profile": "how far back each KV head looks, made once by `kvzip calibrate --method duo`",
 }
 WHILE_READING = frozenset({"window_queries", "prefill_queries"})
 
 Shape = tuple[int, int, int]
+Profile = Mapping[str, Tensor]  # what is known of a model once: values [Lf, Hkv] or [Lf], float32, by name
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Reading:
     query: [Hq, T, D], of consecutive tokens of the context.  keys: [Hkv, S, D], of prefix and context up to and with
     the last of these tokens: row t sees the first S - T + t + 1.  lse: [Hq, T] float32 over those.
     prefix_len: tokens before the context.  scale, softcap: the model's own.  inv_freq: [R/2], its rotary frequencies.
+    Where attention outputs are needed: values [Hkv, T, D] of these tokens, outputs [Hq, T, D] of their query heads,
+    stream [T, E], the residual stream that enters the layer, and output_weights [Hq, D, E] as in `Observation`.
     """
 
     query: Tensor
@@ -61,6 +68,10 @@ class Reading:
     scale: float
     softcap: float | None
     inv_freq: Tensor | None
+    values: Tensor | None = None
+    outputs: Tensor | None = None
+    stream: Tensor | None = None
+    output_weights: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -68,28 +79,25 @@ class Reading:
         return self.keys.shape[1] - self.query.shape[1]
 
 
-class BaseScorer:
-    """Collects what it is shown and turns it into scores, higher = keep.
+class Observer:
+    """Is shown a model while that reads and repeats one context.
 
-    needs: what to capture, names of `NEEDS`; nothing else is shown.  summary, source: for `kvzip methods`.
-    is_query_agnostic: whether the source made it for prompts without the question.  Here no scorer sees a question.
-    Options are the keyword-only parameters of `__init__` (see `kvzip.parts`).
+    needs: what to capture, names of `NEEDS`; nothing else is shown.
     shape: full-attention layers, KV heads, tokens of the context.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    summary: ClassVar[str] = ""
-    source: ClassVar[str] = ""
-    is_query_agnostic: ClassVar[bool] = True
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._scores = torch.zeros(shape)
 
     @property
     def num_queries(self) -> int:
         """How many of the context's last queries `watch` is shown."""
         return self.shape[2]
+
+    def learn(self, profile: Profile) -> None:
+        """What is known of the model, where a profile of it is needed."""
 
     def watch(self, layer: int, reading: Reading) -> None:
         """One full-attention layer (counted among those alone) and one block, in order of the blocks."""
@@ -99,6 +107,22 @@ class BaseScorer:
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """The context's keys and values [Hkv, S, D] of one full-attention layer, after all else is shown."""
+
+
+class BaseScorer(Observer):
+    """Turns what it is shown into scores, higher = keep.
+
+    summary, source: for `kvzip methods`.  is_query_agnostic: whether the source made it for prompts without the
+    question. Here no scorer sees a question.  Options are the keyword-only parameters of `__init__`: `kvzip.parts`.
+    """
+
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    is_query_agnostic: ClassVar[bool] = True
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self._scores = torch.zeros(shape)
 
     def scores(self) -> Tensor:
         """[Lf, Hkv, S] float32, no NaN.  From `selection.PINNED` on, a pair is kept before all others."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
+from kvzip.ops.selection import sinks_then_recent
 from kvzip.parts import Range
 from kvzip.scorers.base import BaseScorer, Shape
 
@@ -25,7 +25,4 @@ class SinksRecentScorer(BaseScorer):
         self.num_sinks = num_sinks
 
     def scores(self) -> Tensor:
-        context_len = self.shape[2]
-        by_position = torch.arange(context_len, dtype=torch.float64) / max(1, context_len)
-        by_position[: self.num_sinks] = 1.0
-        return by_position.float().expand(self.shape).contiguous()
+        return sinks_then_recent(self.shape[2], self.num_sinks).expand(self.shape).contiguous()

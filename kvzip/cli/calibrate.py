@@ -1,4 +1,4 @@
-"""`kvzip profile-heads`: one score a head, for the method kvzip-head."""
+"""`kvzip calibrate`: what some methods have to know of a model, learned once from a text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from kvzip.cli.screen import Bars, print_json
 from kvzip.cli.texts import read_text
 
 EPILOG = examples(
-    "kvzip profile-heads -m qwen2.5-coder-0.5b",
-    "kvzip compress book.txt -m qwen2.5-coder-0.5b --method kvzip-head",
+    "kvzip calibrate --method baklava -m qwen2.5-coder-0.5b",
+    "kvzip compress book.txt -m qwen2.5-coder-0.5b --method baklava",
+    "kvzip calibrate --method head -m qwen2.5-coder-0.5b --text book.txt",
 )
 
 
-def profile_heads(
+def calibrate(
     model: Model,
+    method: Annotated[
+        str, typer.Option(metavar="KIND", help="head (for kvzip-head), baklava, or duo (for duo-attention).")
+    ],
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text to read; by default, a bundled one.", show_default=False)
     ] = None,
@@ -26,21 +30,25 @@ def profile_heads(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model's heads, for method kvzip-head.
+    """Learn of a model what a method needs.
 
     Done once a model; prints the file written."""
     from pathlib import Path
 
     from kvzip.cli.demo import load_text
-    from kvzip.cli.loading import check_can_fit, load_llm
+    from kvzip.cli.loading import check_can_fit, load_llm, start
 
     content = load_text() if text is None else read_text(text)
     source = "the lighthouse text of kvzip" if text is None else Path(text).name
     with Bars(quiet) as bars:
+        start(bars)
+        from kvzip.profilers import get_profiler
+
+        get_profiler(method)
         llm = load_llm(model, bars, dtype=dtype, device=device)
         check_can_fit(llm, content)
-        path = llm.profile_heads(content, source, progress=bars)
+        path = llm.calibrate(method, content, source, progress=bars)
     if as_json:
-        print_json({"model": llm.name, "path": str(path)})
+        print_json({"model": llm.name, "method": method, "path": str(path)})
     else:
         print(path)
