@@ -291,7 +291,7 @@ class FullContext:
         sliding = sum(
             2 * layer.num_kv_heads * layer.head_dim * min(self.length, (layer.window or 1) - 1) for layer in windows
         )
-        offsets = sum(4 * (layer.num_kv_heads + 1) for layer in layers)
+        offsets = sum(4 * (layer.num_kv_heads + 1) for layer in [*full, *windows])
         num_pairs = sum(layer.num_kv_heads for layer in full) * self.context_ids.numel()
         fixed = math.ceil(prefix * pair_nbytes) + heads + sliding * itemsize + offsets
         return Amounts(num_pairs, fixed, pair_nbytes)
@@ -300,24 +300,25 @@ class FullContext:
     def evict(
         self, keep_mask: Tensor, *, transforms: Sequence[BaseTransform] = (), release: bool = False
     ) -> tuple[RaggedLayer, ...]:
-        """The kept pairs of every layer, keys shifted so that a question starts at position 0.
+        """The kept pairs of every layer, keys shifted so that a question starts at position 0; of a shared layer, the
+        very object of its source.
 
         keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms: applied to each
         full-attention layer as soon as it is packed.
         release: give each layer's full cache back as soon as it is packed; this object is of no use afterwards.
         """
         index_of = {layer: index for index, layer in enumerate(self.engine.geometry.full_layers)}
-        packed = []
-        for index, dense in enumerate(self.cache.layers):
+        shared, packed = self.engine.geometry.shared, dict[int, RaggedLayer]()
+        for index, dense in self.cache.stored.items():
             mask = keep_mask[index_of[index]] if index in index_of else None
             layer = self._evict_layer(index, mask)
-            packed.append(reduce(lambda so_far, t: t.apply(so_far), transforms, layer) if mask is not None else layer)
+            packed[index] = reduce(lambda so_far, t: t.apply(so_far), transforms, layer) if mask is not None else layer
             if release:
                 dense.release()
-        return tuple(packed)
+        return tuple(packed[shared.get(index, index)] for index in range(len(self.cache.layers)))
 
     def _evict_layer(self, index: int, context_mask: Tensor | None) -> RaggedLayer:
-        dense, geometry = self.cache.layers[index], self.engine.geometry.layers[index]
+        dense, geometry = self.cache.stored[index], self.engine.geometry.layers[index]
         keys, values = dense.keys[0], dense.values[0]
         if context_mask is None:
             mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)

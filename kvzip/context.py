@@ -151,9 +151,10 @@ class ContextInfo:
 class RaggedContext:
     """A compressed context: the kept pairs of all layers, and which tokens they came from.
 
-    layers: one a model layer.  prefix_ids: [P] int32, tokens before the context (chat template, system prompt), never
-    evicted.  context_ids: [S] int32.  kept_bits: `pack_bits` of the keep mask [Lf, Hkv, S] bool over the Lf
-    full-attention layers; the prefix is not in it.
+    layers: one a model layer; a layer that uses the keys and values of a lower one is the very same object.
+    prefix_ids: [P] int32, tokens before the context (chat template, system prompt), never evicted.  context_ids: [S]
+    int32.  kept_bits: `pack_bits` of the keep mask [Lf, Hkv, S] bool over the Lf full-attention layers that are not
+    shared; the prefix is not in it.
     ranks: [Lf, Hkv, S] uint8 or None: 256 x the share of pairs in the same pool of the budget that scored lower, so
     that `ranks >= 256 * (1 - r)` is nearly the keep mask at keep ratio r.
     """
@@ -180,9 +181,21 @@ class RaggedContext:
         return self.prefix_len + self.context_len
 
     @cached_property
+    def shared(self) -> dict[int, int]:
+        """Layers that store nothing, each with the lower layer whose keys and values it uses."""
+        first: dict[int, int] = {}
+        sources = [first.setdefault(id(layer), i) for i, layer in enumerate(self.layers)]
+        return {i: source for i, source in enumerate(sources) if source != i}
+
+    @property
+    def stored_layers(self) -> dict[int, RaggedLayer]:
+        """The layers that hold something, by index."""
+        return {i: layer for i, layer in enumerate(self.layers) if i not in self.shared}
+
+    @cached_property
     def full_layers(self) -> tuple[int, ...]:
-        """Indices of the full-attention layers, the ones that were compressed."""
-        return tuple(i for i, layer in enumerate(self.layers) if layer.window is None)
+        """Indices of the full-attention layers that hold something, the ones that were compressed."""
+        return tuple(i for i, layer in self.stored_layers.items() if layer.window is None)
 
     @property
     def kept_shape(self) -> tuple[int, int, int]:
@@ -196,13 +209,13 @@ class RaggedContext:
 
     @property
     def pairs_per_head(self) -> list[list[int]]:
-        """KV pairs held by each layer and head, prefix and sliding windows included: [L][Hkv]."""
-        return [layer.seqlens for layer in self.layers]
+        """KV pairs held by each layer and head, prefix and sliding windows included: [L][Hkv]; 0 in shared layers."""
+        return [[0] * x.num_kv_heads if i in self.shared else x.seqlens for i, x in enumerate(self.layers)]
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes that attention reads: keys, values, their scales, offsets and biases of all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes that are held: keys, values, their scales, offsets and biases of all layers, shared ones once."""
+        return sum(layer.nbytes for layer in self.stored_layers.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,7 +223,8 @@ class RaggedContext:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedContext:
         """The same context with its layers on another device and in another dtype."""
-        layers = tuple(layer.to(device, dtype) for layer in self.layers)
+        moved = {i: layer.to(device, dtype) for i, layer in self.stored_layers.items()}
+        layers = tuple(moved[self.shared.get(i, i)] for i in range(len(self.layers)))
         return RaggedContext(layers, self.prefix_ids, self.context_ids, self.kept_bits, self.ranks, self.info)
 
 
@@ -218,9 +232,9 @@ class RaggedContext:
 class SavedTail:
     """The dense tail of a session, as it is stored beside its context.
 
-    keys, values: one [1, Hkv, T, D] tensor a layer.  token_ids: [T'] int32, the tokens of the conversation after the
-    context; the last one may not be in the tail yet, so T' is T or T + 1.  turns: (question, answer) pairs.
-    turn_starts: how many of `token_ids` came before each turn.
+    keys, values: one [1, Hkv, T, D] tensor a layer; of a shared layer, those of its source.  token_ids: [T'] int32, the
+    tokens of the conversation after the context; the last one may not be in the tail yet, so T' is T or T + 1.
+    turns: (question, answer) pairs.  turn_starts: how many of `token_ids` came before each turn.
     """
 
     keys: tuple[Tensor, ...]

@@ -28,6 +28,7 @@ from kvzip.compress import (
     select,
 )
 from kvzip.context import ContextInfo, RaggedContext, SavedTail
+from kvzip.errors import InputError
 from kvzip.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     Answer,
@@ -40,18 +41,19 @@ from kvzip.generation import (
 )
 from kvzip.hf.cache import SessionCache
 from kvzip.hf.fingerprint import fingerprint
-from kvzip.hf.geometry import probe
+from kvzip.hf.geometry import Geometry, probe
 from kvzip.hf.template import Template, make_template
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
 from kvzip.parts import Part
-from kvzip.profilers import get_profiler
+from kvzip.profilers import SHARING, get_profiler
 from kvzip.profiles import kind_needed, load_profile, save_profile
 from kvzip.progress import Progress, silent
 from kvzip.scorers import scorer_class
 from kvzip.scorers.base import Profile
 from kvzip.session import Session
+from kvzip.sharing import find_shared_layers, load_shared_layers, passages, save_shared_layers
 from kvzip.transforms import get_transform
 
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
@@ -138,7 +140,7 @@ class LLM:
         selects, texts = chosen.keep_ratio != 1, (system, instruction, source)
         for need in method.needs if selects else ():
             self.profile_for(frozenset({need}))  # refuse before any work
-        full = self._prefill(text, texts, progress, method.scorer if selects else None)
+        full = self._prefill(text, texts, progress, method.scorer if selects else None, self.geometry_of(method))
         return full.compress(chosen, progress=progress, release=True, started=started)
 
     def prefill(
@@ -152,7 +154,8 @@ class LLM:
     ) -> Prefilled:
         """Read `text` once; the result can be compressed at several keep ratios and by several methods.
 
-        A method that scores by the queries of the text itself has it read once more: `compress` alone need not.
+        A method that scores by the queries of the text itself, or shares layers, has it read once more: `compress`
+        alone need not.
         """
         return self._prefill(text, (system, instruction, source), progress)
 
@@ -162,12 +165,13 @@ class LLM:
         texts: Texts,
         progress: Progress,
         scorer: Part | None = None,
+        geometry: Geometry | None = None,
     ) -> Prefilled:
-        """scorer: may watch while the text is read."""
+        """scorer: may watch while the text is read.  geometry: with the layers that are shared."""
         check_text(text)
         reset_peak_rss()
         prefix_ids = torch.tensor(self.prefix_ids(*texts[:2]), dtype=torch.int64)
-        return Prefilled(self, prefix_ids, self.tokenize(text), texts, progress, scorer)
+        return Prefilled(self, prefix_ids, self.tokenize(text), texts, progress, scorer, geometry)
 
     def open(self, path: str | Path) -> CompressedContext:
         """The context saved at `path`, memory-mapped.
@@ -181,12 +185,21 @@ class LLM:
         data, tail = self._read(path)
         return Session(CompressedContext(self, data), tail)
 
-    def calibrate(self, kind: str, text: str, source: str = "", *, progress: Progress = silent) -> Path:
+    def calibrate(
+        self, kind: str, text: str, source: str = "", *, num_layers: int | None = None, progress: Progress = silent
+    ) -> Path:
         """Make the profile of that kind that some methods need, once a model; returns the file written.
 
-        kind: "head", "baklava" or "duo" (`kvzip.profilers`).  source: a name for the text, kept in the file.
+        kind: "head", "baklava" or "duo" (`kvzip.profilers`), or "kvsharer" (`kvzip.sharing`).  source: a name for the
+        text, kept in the file.  num_layers: of kvsharer, how many layers to share at most; by default an eighth.
         Raises UnknownNameError, InputError, ContextLengthError or ModelError.
         """
+        if kind == SHARING:
+            texts = passages(self.tokenizer, text)
+            shared = find_shared_layers(self.engine(), texts, num_layers, progress=progress)
+            return save_shared_layers(self.fingerprint, shared, source)
+        if num_layers is not None:
+            raise InputError(f"num_layers {num_layers} is for kvsharer alone: leave it out for {kind!r}")
         profiler = get_profiler(kind)
         check_text(text)
         prefix_ids, ids = torch.tensor(self.prefix_ids(), dtype=torch.int64), profiler.passage(self.tokenize(text))
@@ -194,10 +207,23 @@ class LLM:
         profile = read._full.profile(profiler, read._chunk_len(CHUNK_LEN), local=local, progress=progress)
         return save_profile(kind, self.fingerprint, profile, source)
 
-    def profile_for(self, needs: frozenset[str]) -> Profile | None:
-        """The profile that a part with these needs is to be shown, or None. Raises ModelError where it is missing."""
+    def profile_for(self, needs: frozenset[str], geometry: Geometry | None = None) -> Profile | None:
+        """The profile that a part with these needs is to be shown, or None. Raises ModelError where it is missing.
+
+        geometry: with the layers that are shared, which are left out of it.
+        """
         kind = kind_needed(needs)
-        return None if kind is None else load_profile(kind, self.fingerprint, self.geometry.full_shape)
+        if kind is None:
+            return None
+        full_layers, profile = self.geometry.full_layers, load_profile(kind, self.fingerprint, self.geometry.full_shape)
+        stored = [full_layers.index(layer) for layer in (geometry or self.geometry).full_layers]
+        return {name: values[stored] for name, values in profile.items()}
+
+    def geometry_of(self, method: Method) -> Geometry:
+        """The layers as the method reads and stores them. Raises ModelError where its profile is missing."""
+        if not method.shares_layers:
+            return self.geometry
+        return self.geometry.sharing(load_shared_layers(self.fingerprint, self.geometry))
 
     def _read(self, path: str | Path) -> tuple[RaggedContext, SavedTail | None]:
         data, tail = store.read(path)
@@ -207,13 +233,13 @@ class LLM:
     def _template_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
 
-    def engine(self) -> Engine:
-        """What `kvzip.compress` needs of this model."""
+    def engine(self, geometry: Geometry | None = None) -> Engine:
+        """What `kvzip.compress` needs of this model.  geometry: with the layers that are shared; by default, none."""
         first, later, after = (
             torch.tensor(self._template_ids(text), dtype=torch.int64)
             for text in (REPEAT_FIRST, REPEAT_LATER, self.template.after)
         )
-        return Engine(self.model, self.geometry, self.backend, RepeatPrompts(first, later, after))
+        return Engine(self.model, geometry or self.geometry, self.backend, RepeatPrompts(first, later, after))
 
 
 class Prefilled:
@@ -227,12 +253,14 @@ class Prefilled:
         texts: Texts,
         progress: Progress,
         scorer: Part | None = None,
+        geometry: Geometry | None = None,
     ) -> None:
-        self.llm, self.texts = llm, texts
-        self._full = FullContext(llm.engine(), prefix_ids, context_ids)
+        self.llm, self.texts, self.geometry = llm, texts, geometry or llm.geometry
+        self._full = FullContext(llm.engine(self.geometry), prefix_ids, context_ids)
         self._chunk_len(CHUNK_LEN)  # refuse before reading
         self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer))
         self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
+        self._shared: dict[tuple[tuple[int, int], ...], Prefilled] = {}
 
     def compress(
         self,
@@ -250,6 +278,9 @@ class Prefilled:
         if not isinstance(options, CompressOptions):
             options = CompressOptions(keep_ratio=options)
         method = parse_method(options.method)
+        other = self._read_as(self.llm.geometry_of(method), progress)
+        if other is not self:
+            return other.compress(options, progress=progress, release=release, started=started)
         transforms = [get_transform(part) for part in method.transforms]
         amounts = self._full.amounts(transforms)
         num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
@@ -273,16 +304,28 @@ class Prefilled:
     ) -> Tensor:
         """Scores [Lf, Hkv, S] float32 of the method's scorer; computed once.  Arguments: see `CompressOptions`."""
         options = CompressOptions(chunk_len=chunk_len, faithful=faithful, replay_scope=replay_scope)
-        return self._scored(method, options, progress)[0]
+        return self._read_as(self.llm.geometry_of(method), progress)._scored(method, options, progress)[0]
+
+    def _read_as(self, geometry: Geometry, progress: Progress) -> Prefilled:
+        """The same text, read with these layers shared; once for each map."""
+        if geometry.shared == self.geometry.shared:
+            return self
+        key = tuple(sorted(geometry.shared.items()))
+        if key not in self._shared:
+            full = self._full
+            self._shared[key] = Prefilled(
+                self.llm, full.prefix_ids, full.context_ids, self.texts, progress, geometry=geometry
+            )
+        return self._shared[key]
 
     def _select(
         self, options: CompressOptions, method: Method, num_pairs: int | None, total: int, progress: Progress
     ) -> tuple[Selection, float]:
         if num_pairs == total:  # nothing to choose
-            shape = (*self.llm.geometry.full_shape, self._full.context_ids.numel())
+            shape = (*self.geometry.full_shape, self._full.context_ids.numel())
             return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
         assert method.budget_kind is not None
-        profile = self.llm.profile_for(method.budget_kind.needs)
+        profile = self.llm.profile_for(method.budget_kind.needs, self.geometry)
         scores, score_s = self._scored(method, options, progress)
         return select(scores, method, num_pairs, profile=profile, faithful=options.faithful), score_s
 
@@ -302,7 +345,7 @@ class Prefilled:
             self._chunk_len(options.chunk_len),
             faithful=options.faithful,
             local=self._is_local(options),
-            profile=self.llm.profile_for(scorer_class(method.scorer.name).needs),
+            profile=self.llm.profile_for(scorer_class(method.scorer.name).needs, self.geometry),
             progress=progress,
         )
 

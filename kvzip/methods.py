@@ -103,6 +103,11 @@ class Method:
         return self.budget_kind is not None and self.budget_kind.decides_count
 
     @property
+    def shares_layers(self) -> bool:
+        """Whether some layers are read and stored with the keys and values of another one."""
+        return any(transform_class(part.name).shares_layers for part in self.transforms)
+
+    @property
     def composition(self) -> str:
         """The canonical name: all parts spelled out, with the options that differ from their defaults."""
         parts = (self.scorer, self.budget, *self.transforms, self.fetch)

@@ -129,11 +129,12 @@ class DuoProfiler(Profiler):
         return {"retrieval_scores": (self._mass / self.num_queries).float()}
 
 
+SHARING = "kvsharer"  # a kind of profile that needs several passes of the model: `kvzip.sharing`
 PROFILERS: dict[str, type[Profiler]] = {"baklava": BaklavaProfiler, "duo": DuoProfiler, "head": HeadProfiler}
 
 
 def get_profiler(kind: str) -> type[Profiler]:
     """The profiler of that kind of profile. Raises UnknownNameError."""
     if kind not in PROFILERS:
-        raise UnknownNameError.of("profile", kind, PROFILERS)
+        raise UnknownNameError.of("profile", kind, {*PROFILERS, SHARING})
     return PROFILERS[kind]

@@ -72,11 +72,13 @@ class FileInfo:
 class Storage:
     """How the pairs of a file are stored.
 
-    code: dtype code of what they are read as, and of the tail.  levels: for each layer the layouts of its levels.
+    code: dtype code of what they are read as, and of the tail.  levels: for each layer the layouts of its levels; none
+    for a shared layer.  shared: layers without tensors, each with the lower layer whose pairs it uses.
     """
 
     code: str
     levels: tuple[tuple[Layouts, ...], ...]
+    shared: dict[int, int]
 
     def named(self) -> Iterator[tuple[int, str, Layouts]]:
         """(layer, what the names of its tensors begin with, layouts) of each level, in order."""
@@ -152,14 +154,14 @@ def check_fingerprint(info: ContextInfo, fingerprint: str, path: StrPath) -> Non
 def _tensors_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, Tensor]:
     """All tensors by name, in the order of the file: wide dtypes first, so that each is aligned."""
     tensors = {name: getattr(context, name) for name in ("prefix_ids", "context_ids", "kept_bits", "ranks")}
-    levels = (level for layer in context.layers for level in layer.levels)
+    levels = (level for layer in context.stored_layers.values() for level in layer.levels)
     for level, (_, name, _) in zip(levels, _storage_of(context).named(), strict=True):
         tensors |= _pairs_tensors(f"{name}.keys", level.keys) | _pairs_tensors(f"{name}.values", level.values)
         tensors |= {f"{name}.cu_seqlens": level.cu_seqlens, f"{name}.bias": level.bias}
     if tail is not None:
         tensors["tail.token_ids"] = tail.token_ids
-        tensors |= {f"tail.{i}.keys": keys for i, keys in enumerate(tail.keys)}
-        tensors |= {f"tail.{i}.values": values for i, values in enumerate(tail.values)}
+        tensors |= {f"tail.{i}.keys": t for i, t in enumerate(tail.keys) if i not in context.shared}
+        tensors |= {f"tail.{i}.values": t for i, t in enumerate(tail.values) if i not in context.shared}
     present = [(name, tensor.detach()) for name, tensor in tensors.items() if tensor is not None]
     return dict(sorted(present, key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
@@ -172,9 +174,12 @@ def _pairs_tensors(name: str, pairs: Pairs) -> dict[str, Tensor]:
 
 def _storage_of(context: RaggedContext) -> Storage:
     levels = tuple(
-        tuple((_layout_of(level.keys), _layout_of(level.values)) for level in layer.levels) for layer in context.layers
+        tuple((_layout_of(level.keys), _layout_of(level.values)) for level in layer.levels)
+        if i not in context.shared
+        else ()
+        for i, layer in enumerate(context.layers)
     )
-    return Storage(CODES.get(context.dtype, str(context.dtype)), levels)
+    return Storage(CODES.get(context.dtype, str(context.dtype)), levels, context.shared)
 
 
 def _layout_of(pairs: Pairs) -> Layout | None:
@@ -193,7 +198,7 @@ def _metadata_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, st
     storage = _storage_of(context)
     is_plain = all(levels == ((None, None),) for levels in storage.levels)
     if not is_plain:
-        values["storage"] = asdict(storage)
+        values["storage"] = {name: value for name, value in asdict(storage).items() if name != "shared" or value}
     texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
     return {"format": "kvzip", "format_version": PLAIN_VERSION if is_plain else FORMAT_VERSION} | texts
 
@@ -210,7 +215,7 @@ def _context_of(tensors: Mapping[str, Tensor], header: FileInfo) -> RaggedContex
             layers.get(i),
         )
     prefix_ids, context_ids, bits = (tensors[name] for name in ("prefix_ids", "context_ids", "kept_bits"))
-    ordered = tuple(layers[i] for i in sorted(layers))
+    ordered = tuple(layers[storage.shared.get(i, i)] for i in range(len(header.windows)))
     return RaggedContext(ordered, prefix_ids, context_ids, bits, tensors.get("ranks"), header.info)
 
 
@@ -224,7 +229,7 @@ def _pairs_of(tensors: Mapping[str, Tensor], name: str, layout: Layout | None, c
 def _tail_of(tensors: Mapping[str, Tensor], header: FileInfo) -> SavedTail | None:
     if not header.has_tail:
         return None
-    layers = range(len(header.windows))
+    layers = [header.storage.shared.get(i, i) for i in range(len(header.windows))]
     keys, values = (tuple(tensors[f"tail.{i}.{kind}"] for i in layers) for kind in ("keys", "values"))
     return SavedTail(keys, values, tensors["tail.token_ids"], header.turns, header.turn_starts)
 
@@ -239,7 +244,7 @@ def _check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> Fil
         reason = f"its format version is {_short(version)}, this kvzip reads versions up to {FORMAT_VERSION}"
         raise _Refused(reason, "upgrade kvzip: pip install -U kvzip" if is_later else REMAKE)
     windows, turns = _parse(metadata, "windows", list, _is_window), _parse(metadata, "turns", list, _is_turn)
-    plain = Storage(specs.get("layers.0.keys", ("", ()))[0], (((None, None),),) * len(windows))
+    plain = Storage(specs.get("layers.0.keys", ("", ()))[0], (((None, None),),) * len(windows), {})
     storage = plain if version == PLAIN_VERSION else _storage_in(metadata)
     _check_specs(specs, windows, storage)
     has_tail = "tail.token_ids" in specs
@@ -264,9 +269,24 @@ def _storage_in(metadata: Mapping[str, str]) -> Storage:
     """What the `storage` of a file says; its layers are not compared with anything yet."""
     content = _parse(metadata, "storage", dict, lambda key: True)
     code, layers = content.get("code"), content.get("levels")
-    if code not in KV_DTYPES or not isinstance(layers, list) or not all(isinstance(x, list) and x for x in layers):
+    if code not in KV_DTYPES or not isinstance(layers, list) or not all(isinstance(x, list) for x in layers):
         raise _Refused("its 'storage' lacks a dtype or the levels of its layers")
-    return Storage(code, tuple(tuple(_layouts_in(level) for level in levels) for levels in layers))
+    shared = _shared_in(content.get("shared", {}), len(layers))
+    if any(bool(levels) == (i in shared) for i, levels in enumerate(layers)):
+        raise _Refused("its 'storage' has levels of a shared layer, or a layer without levels")
+    return Storage(code, tuple(tuple(_layouts_in(level) for level in levels) for levels in layers), shared)
+
+
+def _shared_in(content: Any, num_layers: int) -> dict[int, int]:
+    """Which layers use the pairs of a lower one that is not shared itself; whether these fit is not looked at."""
+    names = {str(i): i for i in range(num_layers)}
+    if not isinstance(content, dict) or not content.keys() <= names.keys():
+        raise _Refused("its 'storage' shares layers that it does not have")
+    shared = {names[name]: source for name, source in content.items()}
+    for layer, source in shared.items():
+        if type(source) is not int or not 0 <= source < layer or source in shared:
+            raise _Refused(f"its 'storage' shares layer {layer} with {_short(str(source))}, no lower layer of its own")
+    return shared
 
 
 def _layouts_in(level: Any) -> Layouts:
@@ -327,28 +347,30 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None], storage: Storage) -> None:
     """Exactly the tensors of the format, each of the dtype and shape that the others ask for."""
-    kv_code = storage.code
-    if kv_code not in KV_DTYPES or len(storage.levels) != len(windows) or 3 * len(windows) > len(specs):
+    kv_code, num_stored = storage.code, len(windows) - len(storage.shared)
+    if kv_code not in KV_DTYPES or len(storage.levels) != len(windows) or 3 * num_stored > len(specs):
         raise _Refused(f"it lacks keys for {len(windows)} layers in one of the dtypes {', '.join(KV_DTYPES)}")
     expected: dict[str, Spec] = {n: ("I32", _shape(specs, n, 1)) for n in ("prefix_ids", "context_ids")}
-    heads: list[tuple[int, int]] = []  # number and size of the KV heads of each layer
+    if any(windows[i] is not None or windows[j] is not None for i, j in storage.shared.items()):
+        raise _Refused("its 'storage' shares a sliding-window layer")
+    heads: dict[int, tuple[int, int]] = {}  # number and size of the KV heads of each layer that is stored
     for i, name, layouts in storage.named():
         found, head = _level_specs(specs, name, kv_code, layouts)
         expected |= found
-        if i == len(heads):
-            heads.append(head)
-        if heads[i] != head or (windows[i] is not None and (layouts != (None, None) or len(storage.levels[i]) > 1)):
+        if heads.setdefault(i, head) != head or (
+            windows[i] is not None and (layouts != (None, None) or len(storage.levels[i]) > 1)
+        ):
             raise _Refused(f"the levels of layer {i} do not fit together")
-    full = [size for size, window in zip(heads, windows, strict=True) if window is None]
-    if len(set(full)) != 1 or not all(number > 0 and 0 < dim <= MAX_HEAD_DIM for number, dim in heads):
+    full = [size for i, size in heads.items() if windows[i] is None]
+    if len(set(full)) != 1 or not all(number > 0 and 0 < dim <= MAX_HEAD_DIM for number, dim in heads.values()):
         raise _Refused("the numbers or sizes of its KV heads do not fit together")
     kept_shape = (len(full), full[0][0], specs["context_ids"][1][0])
     expected |= {"kept_bits": ("U8", ((math.prod(kept_shape) + 7) // 8,)), "ranks": ("U8", kept_shape)}
     if "tail.token_ids" in specs:
         tail_len, ids = _shape(specs, "tail.0.keys", 4)[2], _shape(specs, "tail.token_ids", 1)
         expected["tail.token_ids"] = ("I32", ids if ids[0] == tail_len + 1 else (tail_len,))
-        tails = [(kv_code, (1, number, tail_len, dim)) for number, dim in heads]
-        expected |= {f"tail.{i}.{kind}": spec for i, spec in enumerate(tails) for kind in ("keys", "values")}
+        tails = {i: (kv_code, (1, number, tail_len, dim)) for i, (number, dim) in heads.items()}
+        expected |= {f"tail.{i}.{kind}": spec for i, spec in tails.items() for kind in ("keys", "values")}
     for name in sorted(specs.keys() | expected.keys()):
         is_absent = name not in specs and (name == "ranks" or name.endswith(".bias"))
         if not is_absent and specs.get(name) != expected.get(name):

@@ -30,7 +30,7 @@ FLOORS = [
     ],
     ["kvzip.backends", "kvzip.store", "kvzip.models.catalogue", "kvzip.models.cache"],
     ["kvzip.hf", "kvzip.models"],
-    ["kvzip.compress", "kvzip.generation", "kvzip.profiles"],
+    ["kvzip.compress", "kvzip.generation", "kvzip.profiles", "kvzip.sharing"],
     ["kvzip.options", "kvzip.session", "kvzip.llm", "kvzip.loading", "kvzip.inspect"],
     ["kvzip.eval"],
     ["kvzip.bench"],
@@ -42,6 +42,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 LIBRARIES = {
     "transformers": [
         "kvzip.hf", "kvzip.models.convert", "kvzip.compress", "kvzip.generation", "kvzip.session", "kvzip.llm",
+        "kvzip.sharing",
         "kvzip.loading", "kvzip.bench", "kvzip.cli.loading",
     ],
     "tokenizers": ["kvzip.models"],

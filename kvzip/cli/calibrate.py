@@ -13,6 +13,7 @@ from kvzip.cli.texts import read_text
 EPILOG = examples(
     "kvzip calibrate --method baklava -m qwen2.5-coder-0.5b",
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method baklava",
+    "kvzip calibrate --method kvsharer --num-layers 4 -m qwen2.5-coder-0.5b",
     "kvzip calibrate --method head -m qwen2.5-coder-0.5b --text book.txt",
 )
 
@@ -20,10 +21,16 @@ EPILOG = examples(
 def calibrate(
     model: Model,
     method: Annotated[
-        str, typer.Option(metavar="KIND", help="head (for kvzip-head), baklava, or duo (for duo-attention).")
+        str, typer.Option(metavar="KIND", help="head (for kvzip-head), baklava, duo (for duo-attention), or kvsharer.")
     ],
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text to read; by default, a bundled one.", show_default=False)
+    ] = None,
+    num_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="kvsharer: layers to share, at most; by default an eighth.", show_default=False
+        ),
     ] = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -42,12 +49,14 @@ def calibrate(
     source = "the lighthouse text of kvzip" if text is None else Path(text).name
     with Bars(quiet) as bars:
         start(bars)
-        from kvzip.profilers import get_profiler
+        from kvzip.profilers import SHARING, get_profiler
 
-        get_profiler(method)
+        if method != SHARING:
+            get_profiler(method)
         llm = load_llm(model, bars, dtype=dtype, device=device)
-        check_can_fit(llm, content)
-        path = llm.calibrate(method, content, source, progress=bars)
+        if method != SHARING:  # which reads passages alone
+            check_can_fit(llm, content)
+        path = llm.calibrate(method, content, source, num_layers=num_layers, progress=bars)
     if as_json:
         print_json({"model": llm.name, "method": method, "path": str(path)})
     else:

@@ -79,6 +79,11 @@ class TailLayer(CacheLayerMixin):
             self.backend, keys[:, :, low:], values[:, :, low:], (before[0], before[1]), layer.window, 0, first
         )
 
+    def shared_view(self, num_new: int) -> View:
+        """What the last `num_new` tokens see in another layer that uses this one's keys and values."""
+        assert self.keys is not None and self.values is not None
+        return self._view(self.keys, self.values, self.length - num_new)
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -112,6 +117,61 @@ class TailLayer(CacheLayerMixin):
             self._buffers = tuple(b.repeat_interleave(repeats, dim=0) for b in self._buffers)  # type: ignore[assignment]
 
 
+class SharedTailLayer(CacheLayerMixin):
+    """A layer without a tail of its own: its queries see what those of its source, a lower layer, see."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    nbytes = 0
+
+    def __init__(self, source: TailLayer) -> None:
+        self.source = source
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.source.is_initialized
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self.source.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.source.values
+
+    @property
+    def context(self) -> RaggedLayer:
+        return self.source.context
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
+        view = self.source.shared_view(key_states.shape[2])
+        return view, view
+
+    def get_seq_length(self) -> int:
+        return self.source.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.source.get_mask_sizes(query_length)
+
+    # What changes a tail is done once, by the source.
+
+    def reset(self) -> None: ...
+
+    def crop(self, tokens_to_remove: int) -> None: ...
+
+    def reorder_cache(self, beam_idx: Tensor) -> None: ...
+
+    def batch_select_indices(self, indices: Tensor) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+
+
 class SessionCache(Cache):
     """What `model.generate(question_ids, past_key_values=...)` takes: a compressed context and an empty tail.
 
@@ -120,7 +180,11 @@ class SessionCache(Cache):
 
     def __init__(self, context: RaggedContext, backend: Backend) -> None:
         self.context = context
-        super().__init__(layers=[TailLayer(layer, backend) for layer in context.layers])
+        layers: list[Any] = []
+        for index, layer in enumerate(context.layers):
+            source = context.shared.get(index)
+            layers.append(TailLayer(layer, backend) if source is None else SharedTailLayer(layers[source]))
+        super().__init__(layers=layers)
 
     @property
     def tail_len(self) -> int:

@@ -6,7 +6,8 @@ family needs no code. What the watching does not confirm is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,10 +44,14 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The attention layers of a model, and the number of positions it was made for (None = no limit known)."""
+    """The attention layers of a model, and the number of positions it was made for (None = no limit known).
+
+    shared: layers that store nothing, each with the lower layer whose keys and values it uses.
+    """
 
     layers: tuple[LayerGeometry, ...]
     max_positions: int | None
+    shared: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def full_shape(self) -> tuple[int, int]:
@@ -55,7 +60,32 @@ class Geometry:
 
     @property
     def full_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, layer in enumerate(self.layers) if layer.window is None)
+        """The full-attention layers that store keys and values of their own."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.window is None and i not in self.shared)
+
+    def can_share(self, layer: int, source: int) -> bool:
+        """Whether `layer` may use the keys and values of `source`: lower, full attention, same heads, same rotation."""
+        if not 0 <= source < layer < len(self.layers):
+            return False
+        a, b = self.layers[layer], self.layers[source]
+        is_full, same_heads = a.window is b.window is None, (a.num_kv_heads, a.head_dim) == (b.num_kv_heads, b.head_dim)
+        return (
+            is_full
+            and same_heads
+            and a.inv_freq is not None
+            and b.inv_freq is not None
+            and (torch.equal(a.inv_freq, b.inv_freq))
+        )
+
+    def sharing(self, shared: Mapping[int, int]) -> Geometry:
+        """The same model with these layers shared. Raises ModelError for a pair that can't be."""
+        for layer, source in shared.items():
+            if not self.can_share(layer, source) or source in shared:
+                raise ModelError(
+                    f"layer {layer} can't use the keys of layer {source}: give a lower full-attention layer that is "
+                    "not shared itself, with the same heads and rotation"
+                )
+        return replace(self, shared=dict(shared))
 
     def kv_nbytes(self, num_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of the model's own full cache after `num_tokens` tokens (sliding layers: their window)."""

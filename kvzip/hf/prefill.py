@@ -92,32 +92,47 @@ class WatchedView(DenseView):
 
 
 class ReplayView(View):
-    """Replayed tokens behind the whole context, in parts so that the softmax over prefix + chunk + replay is known."""
+    """Replayed tokens behind the whole context, or behind prefix and chunk where the replay is local."""
 
     def __init__(self, backend: Backend, tail: tuple[Tensor, Tensor], layer: PrefillLayer, replay: Replay) -> None:
         super().__init__(backend, *tail)
         self.layer, self.replay = layer, replay
 
     def attend(self, query: Tensor, call: Call) -> Tensor:
-        rp, scored = self.replay, self.attend_tail(query, call)
+        return self._attend_others(query, call, self._attend_chunk(query, call))
+
+    def _attend_chunk(self, query: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Outputs and log-sum-exps over prefix, chunk and replayed tokens."""
+        rp, seen = self.replay, self.attend_tail(query, call)
         if rp.start == rp.prefix_len:
-            scored = self._merge(query, call, slice(0, rp.end), scored)
-        else:
-            scored = self._merge(query, call, slice(0, rp.prefix_len), scored)
-            scored = self._merge(query, call, slice(rp.start, rp.end), scored)
-        self._show(query, call, scored[1])
-        if self.layer.index == rp.last:
-            raise _AllObserved
+            return self._merge(query, call, slice(0, rp.end), seen)
+        seen = self._merge(query, call, slice(0, rp.prefix_len), seen)
+        return self._merge(query, call, slice(rp.start, rp.end), seen)
+
+    def _attend_others(self, query: Tensor, call: Call, seen: tuple[Tensor, Tensor]) -> Tensor:
+        """The outputs, joined by the rest of the context unless the replay is local."""
+        rp = self.replay
         if rp.local:
-            return scored[0]
-        out = self._merge(query, call, slice(rp.prefix_len, rp.start), scored)
-        return self._merge(query, call, slice(rp.end, self.layer.length), out)[0]
+            return seen[0]
+        seen = self._merge(query, call, slice(rp.prefix_len, rp.start), seen)
+        return self._merge(query, call, slice(rp.end, self.layer.length), seen)[0]
 
     def _merge(self, query: Tensor, call: Call, part: slice, so_far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if part.start == part.stop:
             return so_far
         keys, values = self.layer.read(part)
         return merge(*so_far, *self.backend.attend(query, keys, values, scale=call.scale, softcap=call.softcap))
+
+
+class ObservedReplayView(ReplayView):
+    """The same, shown to whoever observes: in parts, so that the softmax over prefix + chunk + replay is known."""
+
+    def attend(self, query: Tensor, call: Call) -> Tensor:
+        seen = self._attend_chunk(query, call)
+        self._show(query, call, seen[1])
+        if self.layer.index == self.replay.last:
+            raise _AllObserved
+        return self._attend_others(query, call, seen)
 
     def _show(self, query: Tensor, call: Call, lse: Tensor) -> None:
         rp = self.replay
@@ -147,6 +162,7 @@ class PrefillLayer(CacheLayerMixin):
         self.length = 0
         self.is_read_again = False
         self.replay: Replay | None = None
+        self.replayed: tuple[Tensor, Tensor] | None = None  # keys and values of the tokens that are replayed
         self.watch: Watch | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -159,7 +175,8 @@ class PrefillLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
         if self.replay is not None:
-            view: View = ReplayView(self.backend, (key_states, value_states), self, self.replay)
+            self.replayed = key_states, value_states
+            view: View = ObservedReplayView(self.backend, self.replayed, self, self.replay)
             return view, view
         before = self._append(key_states, value_states)
         if self.watch is not None:
@@ -179,6 +196,14 @@ class PrefillLayer(CacheLayerMixin):
             self.values[:, :, self.length : end] = value_states
         self.length = end
         return before
+
+    def shared_view(self, num_new: int) -> View:
+        """What the last `num_new` tokens see in another layer that uses this one's keys and values; nobody watches."""
+        if self.replay is not None:
+            assert self.replayed is not None
+            return ReplayView(self.backend, self.replayed, self, self.replay)
+        first = self.length - num_new
+        return DenseView(self.backend, *self.read(slice(first, self.length)), *self.read(slice(0, first)))
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
         """Keys and values of these positions [1, Hkv, n, D], as views."""
@@ -230,13 +255,50 @@ class SlidingPrefillLayer(PrefillLayer):
         self.length, self.is_initialized = 0, False
 
 
+class SharedPrefillLayer(CacheLayerMixin):
+    """A layer that stores nothing: its queries see the keys and values of its source, a lower layer.
+
+    The model computes keys and values for it all the same; they are not looked at.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, source: PrefillLayer) -> None:
+        super().__init__()
+        self.source = source
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
+        view = self.source.shared_view(key_states.shape[2])
+        return view, view
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.source.get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        return self.source.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 class PrefillCache(Cache):
-    """The full cache of one context, batch 1.  capacity: tokens of prefix and context."""
+    """The full cache of one context, batch 1.  capacity: tokens of prefix and context.
+
+    stored: the layers that hold something, by index; the others are shared.
+    """
 
     def __init__(self, geometry: Geometry, capacity: int, backend: Backend) -> None:
-        layers = [
-            (PrefillLayer if layer.window is None else SlidingPrefillLayer)(i, layer, capacity, backend)
+        self.stored: dict[int, PrefillLayer] = {
+            i: (PrefillLayer if layer.window is None else SlidingPrefillLayer)(i, layer, capacity, backend)
             for i, layer in enumerate(geometry.layers)
+            if i not in geometry.shared
+        }
+        layers = [
+            SharedPrefillLayer(self.stored[geometry.shared[i]]) if i in geometry.shared else self.stored[i]
+            for i in range(len(geometry.layers))
         ]
         super().__init__(layers=layers)
 
@@ -247,24 +309,25 @@ class PrefillCache(Cache):
 
     def set_replay(self, replay: Replay | None) -> None:
         """Attend without appending, shown to `replay.observe`; None goes back to appending."""
-        for layer in self.layers:
-            layer.replay = replay
+        for layer in self.stored.values():
+            layer.replay, layer.replayed = replay, None
 
     def set_watch(self, watch: Watch | None) -> None:
         """Show the queries of what is read to `watch.observe`; None shows them to nobody."""
-        for layer in self.layers:
+        for layer in self.stored.values():
             layer.watch = watch
 
     @contextmanager
     def read_again(self) -> Iterator[None]:
         """Blocks that come meanwhile are read from the first token on; afterwards all is as it was."""
-        before = [(layer.keys, layer.values, layer.length) for layer in self.layers]
+        layers = list(self.stored.values())
+        before = [(layer.keys, layer.values, layer.length) for layer in layers]
         try:
-            for layer in self.layers:
+            for layer in layers:
                 layer.rewind()
             yield
         finally:
-            for layer, (keys, values, length) in zip(self.layers, before, strict=True):
+            for layer, (keys, values, length) in zip(layers, before, strict=True):
                 layer.keys, layer.values, layer.length = keys, values, length
                 layer.is_initialized, layer.is_read_again = True, False
 
@@ -286,15 +349,20 @@ def read_watched(model: PreTrainedModel, ids: Tensor, position: int, cache: Pref
         forward_at(model, ids, position, cache)
 
 
-def forward_at(model: PreTrainedModel, ids: Tensor, position: int, cache: Cache) -> None:
-    """Run the decoder, without the language-model head, over `ids` [T] whose first token has that position."""
+def forward_at(model: PreTrainedModel, ids: Tensor, position: int, cache: Cache) -> Tensor:
+    """Run the decoder, without the language-model head, over `ids` [T] whose first token has that position.
+
+    Returns the final hidden states [T, E].
+    """
     positions = torch.arange(position, position + ids.numel(), device=model.device).unsqueeze(0)
-    model.get_decoder()(
+    outputs = model.get_decoder()(
         input_ids=ids.to(model.device).unsqueeze(0),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     )
+    hidden: Tensor = outputs.last_hidden_state[0]
+    return hidden
 
 
 def _last(old: Tensor, new: Tensor, count: int) -> Tensor:

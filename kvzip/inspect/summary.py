@@ -112,7 +112,8 @@ def inspect_json(context: RaggedContext) -> dict[str, Any]:
     """All metadata and counts as JSON types; the keys are a contract.
 
     All fields of ContextInfo, context_len and prefix_len (tokens), kv_nbytes (bytes), full_layers (the compressed
-    ones) and pairs_per_head [L][Hkv], prefix and sliding windows included.
+    ones), shared_layers (layer: the lower one whose pairs it uses) and pairs_per_head [L][Hkv], prefix and sliding
+    windows included.
     """
     return {
         **context.info.to_dict(),
@@ -120,6 +121,7 @@ def inspect_json(context: RaggedContext) -> dict[str, Any]:
         "prefix_len": context.prefix_len,
         "kv_nbytes": context.kv_nbytes,
         "full_layers": list(context.full_layers),
+        "shared_layers": {str(layer): source for layer, source in context.shared.items()},
         "pairs_per_head": context.pairs_per_head,
     }
 
@@ -131,12 +133,14 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
     asked = f", asked {asked}" if asked else ""
     before, after = format_bytes(info.full_kv_nbytes), format_bytes(context.kv_nbytes)
     loss = ", ".join(f"{key} {_short(value)}" for key, value in (info.loss or {}).items())
+    shared = ", ".join(f"{layer} uses {source}" for layer, source in context.shared.items())
     lines = [
         ("Source", info.source),
         ("Model", info.model),
         ("Method", info.method),
         ("Context", f"{context.context_len:,} tokens + {context.prefix_len:,} of prefix"),
         ("Kept", f"{format_percent(info.keep_ratio)} of the KV pairs{asked}"),
+        ("Shared layers", shared),
         ("Memory", f"{after} instead of {before}, factor {factor(context)}"),
         ("Stored as", info.dtype),
         ("Time", f"{info.total_s:.1f} s: prefill {info.prefill_s:.1f} s, scoring {info.score_s:.1f} s"),

@@ -9,6 +9,7 @@ from kvzip.parts import Part
 from kvzip.transforms.base import BaseTransform
 
 TRANSFORMS = {
+    "kvsharer": "kvzip.transforms.kvsharer:KVSharer",
     "quantize": "kvzip.transforms.quantize:Quantize",
 }
 

@@ -10,11 +10,14 @@ from kvzip.context import RaggedLayer
 class BaseTransform:
     """Changes what eviction left of each full-attention layer, one layer after another.
 
-    summary, source: for `kvzip methods`.  Options are the keyword-only parameters of `__init__` (see `kvzip.parts`).
+    summary, source: for `kvzip methods`.  shares_layers: whether layers are read and stored with the keys and values of
+    another one, as a profile of the model says.
+    Options are the keyword-only parameters of `__init__` (see `kvzip.parts`).
     """
 
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    shares_layers: ClassVar[bool] = False
 
     def apply(self, layer: RaggedLayer) -> RaggedLayer:
         """The same pairs in another form. Raises InputError where these can't be stored so."""
