@@ -548,7 +548,10 @@ def test_a_method_that_decides_how_much_to_keep_takes_no_ratio(tiny, tmp_path, m
     assert code == 1 and err.count("\n") == 1 and "decides itself how much to keep: leave it out" in err
 
 
-@pytest.mark.parametrize(("kind", "method"), [("head", "kvzip-head"), ("baklava", "baklava"), ("duo", "duo-attention")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("head", "kvzip-head"), ("baklava", "baklava"), ("duo", "duo-attention"), ("kvsharer", "kvzip+kvsharer")],
+)
 def test_calibrate_serves_the_methods_that_need_it(tiny, tmp_path, monkeypatch, capsys, kind, method):
     monkeypatch.setenv("KVZIP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text(TEXT)

@@ -348,6 +348,19 @@ def test_a_map_of_no_layers_changes_nothing(llm: kvzip.LLM) -> None:
         assert torch.equal(a.keys, b.keys)
 
 
+@pytest.mark.parametrize("kind", ["head", "baklava"])
+def test_other_profiles_leave_shared_layers_out(llm: kvzip.LLM, kind: str) -> None:
+    llm.calibrate(kind, TEXT)
+    method = {"head": "kvzip-head", "baklava": "kvzip+baklava"}[kind]
+    data = llm.compress(TEXT, 0.5, method=f"{method}+kvsharer").data
+    assert data.kept_shape[0] == 3 and data.shared == {2: 0, 4: 3}
+
+
+def test_a_number_of_layers_is_for_sharing_alone(llm: kvzip.LLM) -> None:
+    with pytest.raises(InputError, match="for kvsharer alone"):
+        llm.calibrate("head", TEXT, num_layers=2)
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", '{"shared": [[1, 2]]}', '{"shared": [[2, "a"]]}', "OTHER"])
 def test_a_profile_that_is_missing_or_does_not_fit_is_refused_before_any_work(
     llm: kvzip.LLM, content: str | None
