@@ -71,27 +71,28 @@ class Resident:
 
     def _load(self, needed: Tensor) -> None:
         """Have the `needed` rows in memory, and those of the steps before that are to stay."""
-        num_hits = int(self._find(needed)[1].sum())
         self._recent = [*self._recent, needed][-max(1, self.index.cache_steps) :]
-        self._hold(needed if len(self._recent) == 1 else torch.unique(torch.cat(self._recent)))
+        num_read = self._hold(needed if len(self._recent) == 1 else torch.unique(torch.cat(self._recent)))
         pair_nbytes = 2 * self.layer.head_dim * self.layer.dtype.itemsize
         self.stats = replace(
             self.stats,
             num_pairs=self.stats.num_pairs + len(needed),
-            num_hits=self.stats.num_hits + num_hits,
-            nbytes=self.stats.nbytes + (len(needed) - num_hits) * pair_nbytes,
+            num_hits=self.stats.num_hits + len(needed) - num_read,
+            nbytes=self.stats.nbytes + num_read * pair_nbytes,
         )
 
-    def _hold(self, rows: Tensor) -> None:
-        """Have just these rows in memory: moved where they are there already, read from the file where not."""
+    def _hold(self, rows: Tensor) -> int:
+        """Have just these rows in memory, those that are not yet read from the file; returns how many were."""
         at, found = self._find(rows)
-        missing = rows[~found]
+        there, missing = found.nonzero().squeeze(1), (~found).nonzero().squeeze(1)
         held = []
         for old, pairs in zip((self._keys, self._values), self.layer.dense(), strict=True):
             new = torch.empty(len(rows), old.shape[1], dtype=old.dtype)
-            new[found], new[~found] = old[at[found]], pairs[missing]
+            new.index_copy_(0, there, old.index_select(0, at[there]))
+            new.index_copy_(0, missing, pairs.index_select(0, rows[missing]))
             held.append(new)
         self._rows, (self._keys, self._values) = rows, held
+        return len(missing)
 
     def _find(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Where rows stand among those in memory, and whether they do."""
