@@ -122,10 +122,10 @@ class Session:
         )
 
     def _restore(self, saved: SavedTail) -> None:
+        model = self.context.llm.model
         for layer, keys, values in zip(self.cache.layers, saved.keys, saved.values, strict=True):
             if keys.shape[2]:
-                like = layer.context
-                layer.update(keys.to(like.device, like.dtype), values.to(like.device, like.dtype))
+                layer.update(keys.to(model.device, model.dtype), values.to(model.device, model.dtype))
         self._ids, self._starts, self.turns = (
             saved.token_ids.tolist(),
             list(saved.turn_starts),

@@ -18,11 +18,13 @@ from torch import Tensor
 import kvzip
 from kvzip import store
 from kvzip.backends import get_backend
+from kvzip.cli.answers import answer_json
 from kvzip.context import RaggedContext, RaggedLayer
 from kvzip.errors import FormatError, InputError
 from kvzip.fetch.clusters import ClusterFetch
 from kvzip.fetch.resident import FetchStats, Resident
 from kvzip.hf.cache import SessionCache
+from kvzip.inspect.summary import facts, inspect_json
 from kvzip.methods import parse_method
 from kvzip.ops.clusters import cluster_keys, cluster_scores, nearest, rows_of_runs, take_clusters
 
@@ -209,7 +211,14 @@ def test_what_was_fetched_is_told(llm: kvzip.LLM) -> None:
     answer = context.ask(QUESTION, max_new_tokens=8)
     assert answer.fetched is not None and answer.fetched.num_steps == answer.num_new_tokens
     assert 0 < answer.fetched.num_hits < answer.fetched.num_pairs and answer.fetched.nbytes > 0
-    assert llm.compress(TEXT, 1.0).ask(QUESTION, max_new_tokens=2).fetched is None
+    per_step = answer.fetched.nbytes / answer.fetched.num_steps
+    assert answer_json(QUESTION, answer)["fetched_nbytes_per_step"] == per_step
+    told = inspect_json(context.data)
+    assert told["resident_kv_nbytes"] == context.data.resident_kv_nbytes and told["index_nbytes"] > 0
+    assert dict(facts(context.data))["Resident"].endswith("stays in the file")
+    plain = llm.compress(TEXT, 1.0)
+    assert plain.ask(QUESTION, max_new_tokens=2).fetched is None
+    assert inspect_json(plain.data)["index_nbytes"] == 0 and "Resident" not in dict(facts(plain.data))
 
 
 def test_first_layers_keep_full_attention() -> None:
