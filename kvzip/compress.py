@@ -22,6 +22,7 @@ from kvzip.backends import Backend
 from kvzip.budget import Amounts
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.errors import ContextLengthError
+from kvzip.fetch.base import BaseFetch
 from kvzip.hf.geometry import Geometry
 from kvzip.hf.prefill import PrefillCache, Replay, Watch, read_watched, replay
 from kvzip.hf.projections import entering_streams, input_norms, output_weights
@@ -298,13 +299,18 @@ class FullContext:
 
     @torch.inference_mode()
     def evict(
-        self, keep_mask: Tensor, *, transforms: Sequence[BaseTransform] = (), release: bool = False
+        self,
+        keep_mask: Tensor,
+        *,
+        transforms: Sequence[BaseTransform] = (),
+        fetch: BaseFetch | None = None,
+        release: bool = False,
     ) -> tuple[RaggedLayer, ...]:
         """The kept pairs of every layer, keys shifted so that a question starts at position 0; of a shared layer, the
         very object of its source.
 
-        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms: applied to each
-        full-attention layer as soon as it is packed.
+        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms, then
+        fetch: applied to each full-attention layer as soon as it is packed.
         release: give each layer's full cache back as soon as it is packed; this object is of no use afterwards.
         """
         index_of = {layer: index for index, layer in enumerate(self.engine.geometry.full_layers)}
@@ -312,7 +318,10 @@ class FullContext:
         for index, dense in self.cache.stored.items():
             mask = keep_mask[index_of[index]] if index in index_of else None
             layer = self._evict_layer(index, mask)
-            packed[index] = reduce(lambda so_far, t: t.apply(so_far), transforms, layer) if mask is not None else layer
+            if mask is not None:
+                layer = reduce(lambda so_far, t: t.apply(so_far), transforms, layer)
+                layer = layer if fetch is None else fetch.apply(layer, index)
+            packed[index] = layer
             if release:
                 dense.release()
         return tuple(packed[shared.get(index, index)] for index in range(len(self.cache.layers)))
@@ -382,10 +391,11 @@ def pack_context(
     info: ContextInfo,
     *,
     transforms: Sequence[BaseTransform] = (),
+    fetch: BaseFetch | None = None,
     release: bool,
 ) -> RaggedContext:
     """The compressed context of a selection."""
-    layers = full.evict(selection.mask, transforms=transforms, release=release)
+    layers = full.evict(selection.mask, transforms=transforms, fetch=fetch, release=release)
     return RaggedContext(
         layers=layers,
         prefix_ids=full.prefix_ids.to(torch.int32),

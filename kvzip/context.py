@@ -6,13 +6,14 @@ the session's own dense tail (`kvzip.hf.cache`).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from kvzip.fetch.index import ClusterIndex
 from kvzip.ops.quantize import QuantizedPairs
 from kvzip.ops.ragged import unpack_bits
 
@@ -28,6 +29,7 @@ class RaggedLayer:
     holds the last `n` tokens before the question without a gap.
     bias: [N] float32 added to the logits of each pair, or None.
     lower: further pairs of the same heads, stored in another precision, or None; attention runs over all of them.
+    clusters: what finds the pairs that a query needs, where they stay in a file; they stand in its order then. Or None.
     Keys stand in the canonical rotation: the first token of a question has position 0.
     """
 
@@ -37,6 +39,7 @@ class RaggedLayer:
     window: int | None = None
     bias: Tensor | None = None
     lower: RaggedLayer | None = None
+    clusters: ClusterIndex | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -73,9 +76,19 @@ class RaggedLayer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values, their scales, offsets and biases, of all levels."""
-        tensors = [self.keys, self.values, self.cu_seqlens] + ([] if self.bias is None else [self.bias])
-        return sum(t.nbytes for t in tensors) + (0 if self.lower is None else self.lower.nbytes)
+        """Bytes of keys, values, their scales, offsets, biases and clusters, of all levels."""
+        parts = (self.keys, self.values, self.cu_seqlens, self.bias, self.lower, self.clusters)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Of `nbytes`, what one conversation has in memory at a step: with clusters, these and the pairs it fetched."""
+        if self.clusters is None:
+            return self.nbytes
+        fetched = sum(self.clusters.num_seen(self.seqlens)) * max(1, self.clusters.cache_steps)
+        pair_nbytes = (self.keys.nbytes + self.values.nbytes) // max(1, self.offsets[-1])
+        outside = self.nbytes - self.keys.nbytes - self.values.nbytes
+        return outside + min(fetched, self.offsets[-1]) * pair_nbytes
 
     def read(self, head: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [n, D] of some pairs of a head in this level, counted from its first; views where dense."""
@@ -97,7 +110,12 @@ class RaggedLayer:
         return torch.cat(keys), torch.cat(values)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedLayer:
-        """The same layer on another device, keys and values in `dtype`."""
+        """The same layer on another device, keys and values in `dtype`.
+
+        With clusters it stays where it is: what is fetched goes to the device. Only another dtype has it copied.
+        """
+        if self.clusters is not None:
+            return replace(self, keys=self.keys.to(self.device, dtype), values=self.values.to(self.device, dtype))
         return RaggedLayer(
             self.keys.to(device, dtype),
             self.values.to(device, dtype),
@@ -211,6 +229,16 @@ class RaggedContext:
     def pairs_per_head(self) -> list[list[int]]:
         """KV pairs held by each layer and head, prefix and sliding windows included: [L][Hkv]; 0 in shared layers."""
         return [[0] * x.num_kv_heads if i in self.shared else x.seqlens for i, x in enumerate(self.layers)]
+
+    @property
+    def resident_kv_nbytes(self) -> int:
+        """Of `kv_nbytes`, what one conversation has in memory at a step; less only where pairs are fetched."""
+        return sum(layer.resident_nbytes for layer in self.layers)
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether pairs of some layer stay in a file until a step needs them."""
+        return any(layer.clusters is not None for layer in self.layers)
 
     @property
     def kv_nbytes(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from kvzip.errors import ContextLengthError, InputError
+from kvzip.fetch.resident import FetchStats
 from kvzip.hf.cache import SessionCache
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -27,20 +28,22 @@ class Answer(str):
 
     num_new_tokens: tokens generated, the end token included.  token_ids: those tokens.
     ttft_s: seconds from the call to the first token.  tpot_s: mean seconds of each further token, 0.0 if there is none.
-    In a batch the times are those of the batch.
+    fetched: what was read from the file, None where the context is in memory.
+    In a batch times and fetches are those of the batch.
     """
 
     num_new_tokens: int
     token_ids: list[int]
     ttft_s: float
     tpot_s: float
+    fetched: FetchStats | None
 
     @classmethod
-    def of(cls, text: str, token_ids: list[int], clock: Clock) -> Answer:
-        """An answer with this text, these tokens and the times of `clock`."""
+    def of(cls, text: str, token_ids: list[int], clock: Clock, fetched: FetchStats | None = None) -> Answer:
+        """An answer with this text, these tokens, the times of `clock` and what was fetched for it."""
         answer = cls(text)
         answer.token_ids, answer.num_new_tokens = token_ids, len(token_ids)
-        answer.ttft_s, answer.tpot_s = clock.ttft_s, clock.tpot_s
+        answer.ttft_s, answer.tpot_s, answer.fetched = clock.ttft_s, clock.tpot_s, fetched
         return answer
 
 

@@ -29,6 +29,7 @@ from kvzip.compress import (
 )
 from kvzip.context import ContextInfo, RaggedContext, SavedTail
 from kvzip.errors import InputError
+from kvzip.fetch import get_fetch
 from kvzip.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     Answer,
@@ -45,6 +46,7 @@ from kvzip.hf.geometry import Geometry, probe
 from kvzip.hf.template import Template, make_template
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.methods import Method, parse_method
+from kvzip.models.cache import cache_dir
 from kvzip.options import CompressOptions
 from kvzip.parts import Part
 from kvzip.profilers import SHARING, get_profiler
@@ -282,11 +284,14 @@ class Prefilled:
         if other is not self:
             return other.compress(options, progress=progress, release=release, started=started)
         transforms = [get_transform(part) for part in method.transforms]
+        fetch = None if method.fetch is None else get_fetch(method.fetch)
         amounts = self._full.amounts(transforms)
         num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
-        data = pack_context(self._full, selection, info, transforms=transforms, release=release)
+        data = pack_context(self._full, selection, info, transforms=transforms, fetch=fetch, release=release)
+        if data.is_fetched:
+            data = store.mapped(data, cache_dir() / "mapped")
         if release:
             release_freed()  # without it the C library may keep what the full cache took
         total_s = info.prefill_s + score_s if started is None else time.perf_counter() - started
@@ -418,8 +423,9 @@ class CompressedContext:
         rows = [self.llm.question_ids(question) for question in questions]
         check_positions(self.data.logical_len, max(map(len, rows)), max_new_tokens, self.llm.max_positions)
         clock = Clock()
-        new = self.llm.generator.run_batch(self.cache(), rows, max_new_tokens, clock, options)
-        return [Answer.of(self.llm.generator.text(row), row, clock) for row in new]
+        cache = self.cache()
+        new = self.llm.generator.run_batch(cache, rows, max_new_tokens, clock, options)
+        return [Answer.of(self.llm.generator.text(row), row, clock, cache.fetch_stats) for row in new]
 
     def session(self) -> Session:
         """A conversation that remembers its turns."""
@@ -438,4 +444,6 @@ class CompressedContext:
         """What was compressed and what it took; sizes in bytes, times in seconds."""
         data = self.data
         sizes = {"context_len": data.context_len, "prefix_len": data.prefix_len, "kv_nbytes": data.kv_nbytes}
+        if data.is_fetched:
+            sizes["resident_kv_nbytes"] = data.resident_kv_nbytes
         return sizes | data.info.to_dict() | {"pairs_per_head": data.pairs_per_head}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvzip.budget import BUDGET_KINDS, BudgetKind, get_budget_kind
-from kvzip.errors import UnknownNameError
+from kvzip.errors import InputError, UnknownNameError
+from kvzip.fetch import FETCHES, fetch_class
 from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
 from kvzip.scorers import SCORERS, scorer_class
 from kvzip.transforms import TRANSFORMS, transform_class
@@ -34,6 +35,9 @@ ALIASES = {
         "sinks-recent+duo",
         "all of heads that look far back, recent tokens of the others",
         "DuoAttention, arXiv 2410.10819",
+    ),
+    "clusterkv": Alias(
+        "clusters", "all pairs, in a file; each step fetches what its query needs", "ClusterKV, arXiv 2412.03213"
     ),
     "expected-attention": Alias(
         "expected:epsilon=0.01+adakv",
@@ -138,6 +142,10 @@ def parse_method(text: str) -> Method:
         raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before the budget")
     if scorer is not None and budget is None:
         budget = Part("global")
+    if "fetch" in chosen and transforms:
+        raise InputError(
+            f"method {text!r} can't be: fetched pairs are stored as they are; leave {next(iter(transforms))!r} out"
+        )
     in_order = tuple(transforms[name] for name in TRANSFORMS if name in transforms)
     return Method(text, scorer, budget, in_order, chosen.get("fetch"))
 
@@ -179,4 +187,6 @@ def _find(name: str) -> tuple[str, Callable[..., Any]]:
         return "budget", BUDGET_KINDS[name].select
     if name in TRANSFORMS:
         return "transform", transform_class(name)
-    raise UnknownNameError.of("method", name, {*ALIASES, *SCORERS, *BUDGET_KINDS, *TRANSFORMS})
+    if name in FETCHES:
+        return "fetch", fetch_class(name)
+    raise UnknownNameError.of("method", name, {*ALIASES, *SCORERS, *BUDGET_KINDS, *TRANSFORMS, *FETCHES})

@@ -13,6 +13,7 @@ from transformers import TextIteratorStreamer
 from kvzip import store
 from kvzip.context import SavedTail
 from kvzip.errors import InputError
+from kvzip.fetch.resident import FetchStats
 from kvzip.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     Answer,
@@ -90,6 +91,11 @@ class Session:
             raise outcome[0]
         return outcome[0]
 
+    @property
+    def fetch_stats(self) -> FetchStats | None:
+        """What was fetched so far, over all turns and layers; None where the context is in memory."""
+        return self.cache.fetch_stats
+
     def rewind(self, num_turns: int = 1) -> None:
         """Forget the last `num_turns` turns; costs nothing. Raises InputError if there are fewer."""
         if not 0 <= num_turns <= len(self.turns):
@@ -116,10 +122,10 @@ class Session:
         )
 
     def _restore(self, saved: SavedTail) -> None:
+        model = self.context.llm.model
         for layer, keys, values in zip(self.cache.layers, saved.keys, saved.values, strict=True):
             if keys.shape[2]:
-                like = layer.context
-                layer.update(keys.to(like.device, like.dtype), values.to(like.device, like.dtype))
+                layer.update(keys.to(model.device, model.dtype), values.to(model.device, model.dtype))
         self._ids, self._starts, self.turns = (
             saved.token_ids.tolist(),
             list(saved.turn_starts),
@@ -128,6 +134,7 @@ class Session:
 
     def _run(self, question: str, max_new_tokens: int, clock: Clock, options: dict[str, Any]) -> Answer:
         llm, start, tail_len = self.context.llm, len(self._ids), self.cache.tail_len
+        before = self.cache.fetch_stats
         ids = [*self._ids, *llm.question_ids(question, first=not self.turns)]
         check_positions(self.context.data.logical_len, len(ids), max_new_tokens, llm.max_positions)
         try:
@@ -135,7 +142,9 @@ class Session:
         except BaseException:
             self.cache.rewind(tail_len)
             raise
-        answer = Answer.of(llm.generator.text(new), new, clock)
+        after = self.cache.fetch_stats
+        fetched = None if after is None or before is None else after - before
+        answer = Answer.of(llm.generator.text(new), new, clock, fetched)
         self._ids = ids + llm.generator.without_end(new)
         self.cache.rewind(min(self.cache.tail_len, len(self._ids)))
         self._starts.append(start)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from kvzip.context import ContextInfo, Pairs, RaggedContext, RaggedLayer, SavedTail
 from kvzip.errors import FileError, FormatError, InputError, ModelMismatchError
+from kvzip.fetch.index import ClusterIndex
 from kvzip.ops.quantize import AXES, BITS, Axis, Layout, QuantizedPairs
 from kvzip.ops.ragged import unpack_bits
 
@@ -35,6 +37,7 @@ PLAIN_VERSION, FORMAT_VERSION = "1", "2"  # a file without `storage`, which olde
 MAX_HEADER_NBYTES = 1 << 24
 MAX_HEAD_DIM = 1 << 16
 MAX_GROUP_SIZE = 1 << 16
+MAX_CACHE_STEPS = 64
 MAX_JSON_DEPTH = 16
 KV_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**KV_DTYPES, "I32": torch.int32, "U8": torch.uint8}
@@ -74,11 +77,21 @@ class Storage:
 
     code: dtype code of what they are read as, and of the tail.  levels: for each layer the layouts of its levels; none
     for a shared layer.  shared: layers without tensors, each with the lower layer whose pairs it uses.
+    clusters: of the layers whose pairs are fetched, by layer: (budget, cache steps).
     """
 
     code: str
     levels: tuple[tuple[Layouts, ...], ...]
     shared: dict[int, int]
+    clusters: Mapping[int, tuple[int, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file; without `shared` and `clusters` where there are none."""
+        levels = [[[_layout_dict(layout) for layout in level] for level in levels] for levels in self.levels]
+        content: dict[str, Any] = {"code": self.code, "levels": levels}
+        shared = {str(i): source for i, source in self.shared.items()}
+        named = {str(i): {"budget": budget, "cache_steps": steps} for i, (budget, steps) in self.clusters.items()}
+        return content | {name: value for name, value in (("shared", shared), ("clusters", named)) if value}
 
     def named(self) -> Iterator[tuple[int, str, Layouts]]:
         """(layer, what the names of its tensors begin with, layouts) of each level, in order."""
@@ -137,6 +150,24 @@ def read(path: StrPath, *, verify: bool = True) -> tuple[RaggedContext, SavedTai
         return _context_of(tensors, header), _tail_of(tensors, header)
 
 
+def mapped(context: RaggedContext, folder: Path) -> RaggedContext:
+    """The same context, its tensors in a file of `folder` that has no name any more and goes with the process.
+
+    Where the system does not remove a file that is in use, it stays in the folder. Raises FileError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _os_error("make the folder", folder, error) from error
+    path = folder / f"{uuid.uuid4().hex}.kvz"
+    write(path, context)
+    try:
+        return read(path, verify=False)[0]
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
 def read_info(path: StrPath) -> FileInfo:
     """What the header of a file says; the tensors are neither read nor verified. Raises as `read` does."""
     with _opened(path) as mapped:
@@ -158,6 +189,9 @@ def _tensors_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, Ten
     for level, (_, name, _) in zip(levels, _storage_of(context).named(), strict=True):
         tensors |= _pairs_tensors(f"{name}.keys", level.keys) | _pairs_tensors(f"{name}.values", level.values)
         tensors |= {f"{name}.cu_seqlens": level.cu_seqlens, f"{name}.bias": level.bias}
+        if (index := level.clusters) is not None:
+            tensors |= {f"{name}.centroids": index.centroids, f"{name}.cluster_sizes": index.sizes}
+            tensors[f"{name}.cu_clusters"] = index.cu_clusters
     if tail is not None:
         tensors["tail.token_ids"] = tail.token_ids
         tensors |= {f"tail.{i}.keys": t for i, t in enumerate(tail.keys) if i not in context.shared}
@@ -179,7 +213,13 @@ def _storage_of(context: RaggedContext) -> Storage:
         else ()
         for i, layer in enumerate(context.layers)
     )
-    return Storage(CODES.get(context.dtype, str(context.dtype)), levels, context.shared)
+    indices = ((i, layer.clusters) for i, layer in enumerate(context.layers))
+    clusters = {i: (index.budget, index.cache_steps) for i, index in indices if index is not None}
+    return Storage(CODES.get(context.dtype, str(context.dtype)), levels, context.shared, clusters)
+
+
+def _layout_dict(layout: Layout | None) -> dict[str, Any] | None:
+    return None if layout is None else asdict(layout)
 
 
 def _layout_of(pairs: Pairs) -> Layout | None:
@@ -196,9 +236,9 @@ def _metadata_of(context: RaggedContext, tail: SavedTail | None) -> dict[str, st
         "turns": [[*turn, start] for turn, start in zip(turns, starts, strict=True)],
     }
     storage = _storage_of(context)
-    is_plain = all(levels == ((None, None),) for levels in storage.levels)
+    is_plain = not storage.clusters and all(levels == ((None, None),) for levels in storage.levels)
     if not is_plain:
-        values["storage"] = {name: value for name, value in asdict(storage).items() if name != "shared" or value}
+        values["storage"] = storage.to_dict()
     texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
     return {"format": "kvzip", "format_version": PLAIN_VERSION if is_plain else FORMAT_VERSION} | texts
 
@@ -213,10 +253,16 @@ def _context_of(tensors: Mapping[str, Tensor], header: FileInfo) -> RaggedContex
             header.windows[i],
             tensors.get(f"{name}.bias"),
             layers.get(i),
+            _clusters_of(tensors, name, *storage.clusters[i]) if i in storage.clusters else None,
         )
     prefix_ids, context_ids, bits = (tensors[name] for name in ("prefix_ids", "context_ids", "kept_bits"))
     ordered = tuple(layers[storage.shared.get(i, i)] for i in range(len(header.windows)))
     return RaggedContext(ordered, prefix_ids, context_ids, bits, tensors.get("ranks"), header.info)
+
+
+def _clusters_of(tensors: Mapping[str, Tensor], name: str, budget: int, cache_steps: int) -> ClusterIndex:
+    centroids, sizes, bounds = (tensors[f"{name}.{kind}"] for kind in ("centroids", "cluster_sizes", "cu_clusters"))
+    return ClusterIndex(centroids, sizes, bounds, budget, cache_steps)
 
 
 def _pairs_of(tensors: Mapping[str, Tensor], name: str, layout: Layout | None, code: str) -> Pairs:
@@ -244,7 +290,7 @@ def _check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> Fil
         reason = f"its format version is {_short(version)}, this kvzip reads versions up to {FORMAT_VERSION}"
         raise _Refused(reason, "upgrade kvzip: pip install -U kvzip" if is_later else REMAKE)
     windows, turns = _parse(metadata, "windows", list, _is_window), _parse(metadata, "turns", list, _is_turn)
-    plain = Storage(specs.get("layers.0.keys", ("", ()))[0], (((None, None),),) * len(windows), {})
+    plain = Storage(specs.get("layers.0.keys", ("", ()))[0], (((None, None),),) * len(windows), {}, {})
     storage = plain if version == PLAIN_VERSION else _storage_in(metadata)
     _check_specs(specs, windows, storage)
     has_tail = "tail.token_ids" in specs
@@ -274,7 +320,8 @@ def _storage_in(metadata: Mapping[str, str]) -> Storage:
     shared = _shared_in(content.get("shared", {}), len(layers))
     if any(bool(levels) == (i in shared) for i, levels in enumerate(layers)):
         raise _Refused("its 'storage' has levels of a shared layer, or a layer without levels")
-    return Storage(code, tuple(tuple(_layouts_in(level) for level in levels) for levels in layers), shared)
+    levels = tuple(tuple(_layouts_in(level) for level in levels) for levels in layers)
+    return Storage(code, levels, shared, _clusters_in(content.get("clusters", {}), levels))
 
 
 def _shared_in(content: Any, num_layers: int) -> dict[int, int]:
@@ -287,6 +334,23 @@ def _shared_in(content: Any, num_layers: int) -> dict[int, int]:
         if type(source) is not int or not 0 <= source < layer or source in shared:
             raise _Refused(f"its 'storage' shares layer {layer} with {_short(str(source))}, no lower layer of its own")
     return shared
+
+
+def _clusters_in(content: Any, levels: tuple[tuple[Layouts, ...], ...]) -> dict[int, tuple[int, int]]:
+    names = {str(i): i for i, layouts in enumerate(levels) if layouts == ((None, None),)}
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise _Refused("its 'storage' has clusters that are not objects by layer")
+    found = {}
+    for name, entry in content.items():
+        budget, steps = entry.get("budget"), entry.get("cache_steps")
+        if name not in names or type(budget) is not int or type(steps) is not int:
+            raise _Refused("its 'storage' has clusters of a layer that is not there or not plain, or without a budget")
+        if not 0 < budget < 1 << 31 or not 0 <= steps <= MAX_CACHE_STEPS:
+            raise _Refused(
+                f"its 'storage' has a budget of {budget} pairs and {steps} cache steps, which is out of range"
+            )
+        found[names[name]] = budget, steps
+    return found
 
 
 def _layouts_in(level: Any) -> Layouts:
@@ -356,10 +420,9 @@ def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None], stora
     heads: dict[int, tuple[int, int]] = {}  # number and size of the KV heads of each layer that is stored
     for i, name, layouts in storage.named():
         found, head = _level_specs(specs, name, kv_code, layouts)
-        expected |= found
-        if heads.setdefault(i, head) != head or (
-            windows[i] is not None and (layouts != (None, None) or len(storage.levels[i]) > 1)
-        ):
+        expected |= found | (_cluster_specs(specs, name, head) if i in storage.clusters else {})
+        is_special = i in storage.clusters or layouts != (None, None) or len(storage.levels[i]) > 1
+        if heads.setdefault(i, head) != head or (windows[i] is not None and is_special):
             raise _Refused(f"the levels of layer {i} do not fit together")
     full = [size for i, size in heads.items() if windows[i] is None]
     if len(set(full)) != 1 or not all(number > 0 and 0 < dim <= MAX_HEAD_DIM for number, dim in heads.values()):
@@ -376,6 +439,16 @@ def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None], stora
         if not is_absent and specs.get(name) != expected.get(name):
             got, wanted = specs.get(name, "missing"), expected.get(name, "none of that name")
             raise _Refused(f"tensor {_short(name)} is {got}, expected {wanted}")
+
+
+def _cluster_specs(specs: Mapping[str, Spec], name: str, head: tuple[int, int]) -> dict[str, Spec]:
+    """The tensors of the clusters of a layer as they must be.  head: number and size of its KV heads."""
+    sizes = _shape(specs, f"{name}.cluster_sizes", 1)
+    return {
+        f"{name}.centroids": ("F32", (sizes[0], head[1])),
+        f"{name}.cluster_sizes": ("I32", sizes),
+        f"{name}.cu_clusters": ("I32", (head[0] + 1,)),
+    }
 
 
 def _level_specs(
@@ -417,6 +490,8 @@ def _check_contents(tensors: Mapping[str, Tensor], windows: Sequence[int | None]
     full: dict[int, Tensor] = {}
     for i, name, layouts in storage.named():
         seqlens, window = _seqlens_in(tensors, name, layouts), windows[i]
+        if i in storage.clusters:
+            _check_clusters(tensors, name, seqlens)
         if window is None:
             full[i] = full[i] + seqlens if i in full else seqlens
         elif len(set(seqlens.tolist())) > 1 or int(seqlens[0]) > min(window, prefix_len + context_len):
@@ -442,6 +517,16 @@ def _seqlens_in(tensors: Mapping[str, Tensor], name: str, layouts: Layouts) -> T
             if found != groups:
                 raise _Refused(f"'{name}.{kind}.scales' has {found} groups, its heads have {groups}")
     return seqlens
+
+
+def _check_clusters(tensors: Mapping[str, Tensor], name: str, seqlens: Tensor) -> None:
+    """Clusters have pairs, and no more than their heads have."""
+    sizes, bounds = (tensors[f"{name}.{kind}"].cpu().long() for kind in ("cluster_sizes", "cu_clusters"))
+    if int(bounds[0]) != 0 or int(bounds[-1]) != len(sizes) or bool((bounds.diff() < 0).any()):
+        raise _Refused(f"the clusters of {name!r} must rise from 0 to {len(sizes)} over its heads")
+    before = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))[bounds]
+    if bool((sizes < 1).any()) or bool((before.diff() > seqlens).any()):
+        raise _Refused(f"the clusters of {name!r} are empty, or hold more pairs than their heads")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -39,7 +39,7 @@ COMPRESS_KEYS = {
     "path", "model", "method", "context_len", "keep_ratio_asked", "keep_ratio", "kv_nbytes", "full_kv_nbytes",
     "prefill_s", "score_s", "total_s", "peak_rss_bytes",
 }  # fmt: skip
-ASK_KEYS = {"question", "answer", "num_new_tokens", "ttft_s", "tpot_s"}
+ASK_KEYS = {"question", "answer", "num_new_tokens", "ttft_s", "tpot_s", "fetched_nbytes_per_step"}
 
 
 # Importing torch and transformers takes seconds, so most commands run in a fork of a process that has them already;
@@ -525,7 +525,13 @@ def test_models_lists_and_pulls(tmp_path, monkeypatch, capsys):
 def test_methods_are_listed_with_needs_and_options(tmp_path, monkeypatch, capsys):
     rows = json.loads(call(monkeypatch, capsys, tmp_path, "methods", "--json")[1])
     found = {(row["kind"], row["name"]): row for row in rows}
-    assert len(found) == len(rows) and {row["kind"] for row in rows} == {"method", "scorer", "budget"}
+    assert len(found) == len(rows) and {row["kind"] for row in rows} == {
+        "method",
+        "scorer",
+        "budget",
+        "transform",
+        "fetch",
+    }
     pyramid = found["method", "pyramidkv"]
     assert pyramid["composition"] == "window:window_size=8+pyramid" and pyramid["needs"] == ["window_queries"]
     assert pyramid["options"]["window_size"]["default"] == "8" and pyramid["options"]["beta"]["default"] == "20"

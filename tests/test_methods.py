@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,8 @@ def random_ids(seed: int, length: int) -> torch.Tensor:
         ("duo-attention:num_sinks=8", "sinks-recent+duo:num_sinks=8"),
         ("kvzip+duo", "sinks-recent+duo"),
         ("refreekv:threshold=0.05,rule=paper", "suffix-loss:rule=paper+threshold:threshold=0.05"),
+        ("clusterkv:skip_first=2,budget=512", "clusters:budget=512"),
+        ("clusters+kvzip+uniform", "reconstruction+uniform+clusters"),
     ],
 )
 def test_a_name_with_options_has_one_canonical_form(name: str, composition: str) -> None:
@@ -98,7 +101,9 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
         "gamma": st.floats(0, 9), "threshold": st.floats(-9, 9), "rule": st.sampled_from(["code", "paper"]),
         "key_bits": st.sampled_from([16, 8, 4, 2]), "value_bits": st.sampled_from([16, 8, 4, 2]),
         "key_axis": st.sampled_from(["token", "channel"]), "value_axis": st.sampled_from(["token", "channel"]),
-        "group_size": st.integers(1, 99), "whole_layers": st.integers(0, 9),
+        "group_size": st.integers(1, 99), "budget": st.integers(1, 99), "tokens_per_cluster": st.integers(1, 99),
+        "skip_first": st.integers(0, 9), "iterations": st.integers(1, 99), "cache_steps": st.integers(0, 64),
+        "whole_layers": st.integers(0, 9),
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")
@@ -107,10 +112,10 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
     for whole in (text, f"{own}{scorer}+{budget}"):
         method = parse_method(whole)
         again = parse_method(method.composition)
-        assert (again.scorer, again.budget, again.transforms) == (method.scorer, method.budget, method.transforms)
+        assert again == replace(method, name=again.name)
     method = parse_method(text)
     for option, value in [
-        o for part in (method.scorer, method.budget, *method.transforms) if part for o in part.options
+        o for part in (method.scorer, method.budget, *method.transforms, method.fetch) if part for o in part.options
     ]:
         assert value == ((0, 2) if option == "skip_layers" else given_options[option])
 

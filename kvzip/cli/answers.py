@@ -78,12 +78,14 @@ class WordWrap:
 
 def answer_json(question: str, answer: Answer) -> dict[str, Any]:
     """One answer of `--json`. The keys are a contract."""
+    fetched = answer.fetched
     return {
         "question": question,
         "answer": str(answer),
         "num_new_tokens": answer.num_new_tokens,
         "ttft_s": answer.ttft_s,
         "tpot_s": answer.tpot_s,
+        "fetched_nbytes_per_step": None if fetched is None else fetched.nbytes / max(1, fetched.num_steps),
     }
 
 

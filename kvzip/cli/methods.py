@@ -15,17 +15,17 @@ EPILOG = examples(
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method snapkv:window_size=64,kernel_size=5",
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method window+pyramid:beta=10",
 )
-TITLES = {"method": "Method", "scorer": "Scorer", "budget": "Budget", "transform": "Transform"}
+TITLES = {"method": "Method", "scorer": "Scorer", "budget": "Budget", "transform": "Transform", "fetch": "Fetch"}
 NOTES = (
-    "Write NAME, NAME:option=value,option=value, or SCORER+BUDGET+TRANSFORM; a later part replaces an earlier one of "
-    "its kind: kvzip+layer, kvzip+int4.",
+    "Write NAME, NAME:option=value,option=value, or SCORER+BUDGET+TRANSFORM+FETCH; a later part replaces an earlier "
+    "one of its kind: kvzip+layer, kvzip+int4.",
     "No method sees a question here; those published with the question in view look from the end of the text instead.",
 )
 
 
 def methods(as_json: Json = False) -> None:
-    """List the methods, and the scorers, budgets and transforms that they are made of."""
-    rows = [*_aliases(), *_scorers(), *_budgets(), *_transforms()]
+    """List the methods, and the scorers, budgets, transforms and fetches that they are made of."""
+    rows = [*_aliases(), *_scorers(), *_budgets(), *_transforms(), *_fetches()]
     if as_json:
         print_json(rows)
     else:
@@ -76,6 +76,14 @@ def _transforms() -> list[dict[str, Any]]:
     return [
         _row("transform", name, None, cls.summary, cls.source, [], None, False, options_of(cls)) for name, cls in found
     ]
+
+
+def _fetches() -> list[dict[str, Any]]:
+    from kvzip.fetch import FETCHES, fetch_class
+    from kvzip.parts import options_of
+
+    found = ((name, fetch_class(name)) for name in FETCHES)
+    return [_row("fetch", name, None, cls.summary, cls.source, [], None, False, options_of(cls)) for name, cls in found]
 
 
 def _row(

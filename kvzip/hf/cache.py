@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvzip.backends import Backend
 from kvzip.context import RaggedContext, RaggedLayer
 from kvzip.errors import InputError
-from kvzip.hf.seam import RaggedView, SlidingView, View
+from kvzip.fetch.resident import FetchStats, Resident
+from kvzip.hf.seam import FetchView, RaggedView, SlidingView, View
 
 MIN_CAPACITY = 64
 
@@ -28,6 +29,7 @@ class TailLayer(CacheLayerMixin):
     def __init__(self, context: RaggedLayer, backend: Backend) -> None:
         self.context, self.backend = context, backend
         self.is_sliding = context.window is not None
+        self.resident = None if context.clusters is None else Resident(context)
         self.length = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
@@ -71,6 +73,8 @@ class TailLayer(CacheLayerMixin):
 
     def _view(self, keys: Tensor, values: Tensor, first: int) -> View:
         layer = self.context
+        if self.resident is not None:
+            return FetchView(self.backend, keys, values, self.resident)
         if layer.window is None:
             return RaggedView(self.backend, keys, values, layer)
         low = first - min(first, layer.window - 1)
@@ -195,6 +199,15 @@ class SessionCache(Cache):
     def tail_nbytes(self) -> int:
         """Bytes allocated for the tail."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def fetch_stats(self) -> FetchStats | None:
+        """What was fetched so far, over all layers; None where the context is in memory."""
+        stats = [layer.resident.stats for layer in self.layers if layer.resident is not None]
+        if not stats:
+            return None
+        total = (sum(getattr(s, name) for s in stats) for name in ("num_pairs", "num_hits", "nbytes"))
+        return FetchStats(stats[0].num_steps, *total)
 
     def rewind(self, tail_len: int) -> None:
         """Forget everything after the first `tail_len` tokens of the tail; costs nothing."""

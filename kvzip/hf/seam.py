@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvzip.backends import Backend
 from kvzip.context import RaggedLayer
 from kvzip.errors import ModelError
+from kvzip.fetch.resident import Resident
 from kvzip.ops.attention import merge
 
 ATTENTION_NAME = "kvzip"
@@ -151,6 +152,34 @@ class RaggedView(View):
     def merge_before(self, query: Tensor, call: Call, out: Tensor, lse: Tensor) -> Tensor:
         before = self.backend.attend_ragged(query, self.layer, scale=call.scale, softcap=call.softcap)
         return merge(out, lse, *before)[0]
+
+
+class FetchView(View):
+    """A tail behind a layer whose pairs stay in a file: each query sees what it fetches."""
+
+    def __init__(self, backend: Backend, keys: Tensor, values: Tensor, resident: Resident) -> None:
+        super().__init__(backend, keys, values)
+        self.resident = resident
+
+    def attend(self, query: Tensor, call: Call) -> Tensor:
+        if call.mask is None and query.shape[0] == query.shape[2] == 1:
+            (layer,) = self.resident.fetch(query[:, :, 0])
+            return self.backend.decode(query, layer, self.keys, self.values, scale=call.scale, softcap=call.softcap)
+        return super().attend(query, call)
+
+    def merge_before(self, query: Tensor, call: Call, out: Tensor, lse: Tensor) -> Tensor:
+        batch, num_heads, q_len, head_dim = query.shape
+        rows = query.transpose(1, 2).reshape(-1, num_heads, head_dim)
+        parts = [
+            self.backend.attend_ragged(
+                row.reshape(1, num_heads, 1, head_dim), layer, scale=call.scale, softcap=call.softcap
+            )
+            for row, layer in zip(rows, self.resident.fetch(rows), strict=True)
+        ]
+        outs, lses = (
+            torch.cat(found).reshape(batch, q_len, num_heads, -1).transpose(1, 2) for found in zip(*parts, strict=True)
+        )
+        return merge(out, lse, outs, lses.squeeze(-1))[0]
 
 
 def kvzip_attention(

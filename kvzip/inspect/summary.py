@@ -112,18 +112,25 @@ def inspect_json(context: RaggedContext) -> dict[str, Any]:
     """All metadata and counts as JSON types; the keys are a contract.
 
     All fields of ContextInfo, context_len and prefix_len (tokens), kv_nbytes (bytes), full_layers (the compressed
-    ones), shared_layers (layer: the lower one whose pairs it uses) and pairs_per_head [L][Hkv], prefix and sliding
-    windows included.
+    ones), shared_layers (layer: the lower one whose pairs it uses), resident_kv_nbytes (in memory at a step),
+    index_nbytes (of clusters) and pairs_per_head [L][Hkv], prefix and sliding windows included.
     """
     return {
         **context.info.to_dict(),
         "context_len": context.context_len,
         "prefix_len": context.prefix_len,
         "kv_nbytes": context.kv_nbytes,
+        "resident_kv_nbytes": context.resident_kv_nbytes,
+        "index_nbytes": index_nbytes(context),
         "full_layers": list(context.full_layers),
         "shared_layers": {str(layer): source for layer, source in context.shared.items()},
         "pairs_per_head": context.pairs_per_head,
     }
+
+
+def index_nbytes(context: RaggedContext) -> int:
+    """Bytes of the clusters that find fetched pairs; 0 where none are fetched."""
+    return sum(layer.clusters.nbytes for layer in context.layers if layer.clusters is not None)
 
 
 def facts(context: RaggedContext) -> list[tuple[str, str]]:
@@ -142,6 +149,7 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
         ("Kept", f"{format_percent(info.keep_ratio)} of the KV pairs{asked}"),
         ("Shared layers", shared),
         ("Memory", f"{after} instead of {before}, factor {factor(context)}"),
+        ("Resident", context.is_fetched and _resident(context)),
         ("Stored as", info.dtype),
         ("Time", f"{info.total_s:.1f} s: prefill {info.prefill_s:.1f} s, scoring {info.score_s:.1f} s"),
         ("Measured loss", loss),
@@ -151,6 +159,11 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
         ("Version", info.kvzip_version and f"kvzip {info.kvzip_version}"),
     ]
     return [(name, one_line(value)) for name, value in lines if value]
+
+
+def _resident(context: RaggedContext) -> str:
+    resident, index = format_bytes(context.resident_kv_nbytes), format_bytes(index_nbytes(context))
+    return f"{resident} at a step, {index} of them clusters; the rest stays in the file"
 
 
 def factor(context: RaggedContext) -> str:
