@@ -91,8 +91,8 @@ def agreement(results: list[Result]) -> str:
     return _section(
         "Agreement with kvpress' other presses",
         "Scores and kept pairs on the same token ids, head by head: the median over the heads and, in parentheses, the "
-        "least. Each press as it is, then with matching options, then with one choice that differs. Rank correlation is "
-        "Spearman's; overlap is the share of kept pairs that both keep, at three keep ratios.",
+        "least. Each press as it is, then with matching options, then with one choice that differs. Rank correlation "
+        "is Spearman's; overlap is the share of kept pairs that both keep, at three keep ratios.",
         ["model", "tokens", "press", "what is compared", "rank correlation", *[f"overlap {r}" for r in ratios]],
         [
             [
