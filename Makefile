@@ -5,6 +5,7 @@
 #   PYTEST_ARGS="..."           further arguments of pytest: make test PYTEST_ARGS="-m 'not real'"
 #   BENCH_MODELS, BENCH_LENS, BENCH_TEXT (SQuAD JSON), BENCH_RUNS, DECODE_LENS   what `make bench` measures
 #   PARITY_LEN, PARITY_ARGS     length of a text, and further arguments of bench/parity.py, say "--contexts 2 --limit 60"
+#   AGREEMENT_LEN               length of the text of bench/agreement.py
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -21,9 +22,10 @@ BENCH_RUNS ?= 3
 DECODE_LENS ?= 4000 8000
 PARITY_LEN ?= 2000
 PARITY_ARGS ?=
+AGREEMENT_LEN ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-kvpress parity results clean
+.PHONY: help venv demo test check bench bench-kvpress parity agreement results clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +71,12 @@ parity: venv ## Compare scores, kept pairs and answers with those of kvpress, in
 	set -e; for model in $(BENCH_MODELS); do \
 	  $(BIN)/python bench/parity.py -m $$model --context-len $(PARITY_LEN) --text $(BENCH_TEXT) \
 	    $(PARITY_ARGS) --json $(RESULTS)/parity-$$model.json; \
+	done
+
+agreement: venv ## Compare scores and kept pairs of other methods with those of kvpress' presses, in the same .venv-kvpress
+	set -e; for model in $(BENCH_MODELS); do \
+	  $(BIN)/python bench/agreement.py -m $$model --context-len $(AGREEMENT_LEN) --text $(BENCH_TEXT) \
+	    --json $(RESULTS)/agreement-$$model.json; \
 	done
 
 results: venv ## Write docs/results.md and its pictures from the result files

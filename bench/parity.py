@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import ROOT, environment  # bench/kvpress.py
+from compared import KEEP_RATIOS, KVPRESS_CHUNK_LEN, SIDE, ask, check_repeats, overlap, spearman  # bench/compared.py
 from safetensors.torch import load_file
 from torch import Tensor
 
 import kvzip
 from kvzip.bench.measure import report, write_result
-from kvzip.compress import CHUNK_LEN, FullContext, Selection, chunk_slices, pack_context
+from kvzip.compress import CHUNK_LEN, Selection, chunk_slices, pack_context
 from kvzip.eval.metrics import f1, included, mean_and_error
 from kvzip.eval.tasks.base import Question, Sample, TaskSettings, choose
 from kvzip.eval.tasks.squad import Squad
 from kvzip.methods import parse_method
-from kvzip.models.cache import model_folder
 from kvzip.ops.selection import select_global
 from kvzip.scorers.base import Observation
 from kvzip.scorers.reconstruction import FaithfulReconstructionScorer
 
-WORKER = ROOT / "bench" / "side" / "kvpress_parity.py"
+WORKER = SIDE / "kvpress_parity.py"
 NUM_SINKS = 4  # of kvpress
-KVPRESS_CHUNK_LEN = 2048
-KEEP_RATIOS = (0.5, 0.1, 0.3)  # the last is that of the answers
 MAX_NEW_TOKENS = 32
 STAGES = {
     "as_is": "both as they are",
@@ -85,24 +79,6 @@ def keep_with_prefix(scores: Tensor, prefix_len: int, keep_ratio: float) -> Tens
     return select_global(whole, whole.numel() - int(whole.numel() * (1 - keep_ratio)))
 
 
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two vectors, ties at their mean rank; 0 where one is constant."""
-    ranks = torch.stack([mean_ranks(first), mean_ranks(second)])
-    return float(torch.corrcoef(ranks)[0, 1].nan_to_num(0.0))
-
-
-def mean_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values with the mean of theirs."""
-    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[place]
-
-
-def overlap(first: Tensor, second: Tensor) -> float:
-    """Share of pairs that both masks keep, of the mean number that they keep."""
-    return float(2 * (first & second).sum() / (first.sum() + second.sum()))
-
-
 def keep(scores: Tensor, keep_ratio: float) -> Tensor:
     """What kvzip keeps of these scores."""
     return select_global(scores, max(1, round(keep_ratio * scores.numel())))
@@ -112,18 +88,8 @@ def ask_kvpress(
     llm: kvzip.LLM, contexts: list[dict[str, Any]], chunk_len: int
 ) -> tuple[list[dict[str, dict[str, Tensor]]], list[dict[str, list[str]]], dict[str, str]]:
     """By context what it found and answered, by kind (see the worker); and the versions of its environment."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        job = {
-            "model": str(model_folder(llm.name)),
-            "threads": torch.get_num_threads(),
-            "keep_ratios": KEEP_RATIOS,
-            "chunk_len": chunk_len,
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "contexts": contexts,
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        subprocess.run([environment(), WORKER, folder], check=True)
+    job = {"chunk_len": chunk_len, "max_new_tokens": MAX_NEW_TOKENS, "contexts": contexts}
+    with ask(llm, WORKER, job) as folder:
         kinds = ("own", "matched")
         found = [{k: load_file(folder / f"{i}-{k}.safetensors") for k in kinds} for i in range(len(contexts))]
         answered = json.loads((folder / "answers.json").read_text())
@@ -172,14 +138,6 @@ def compare_scores(
             figures[f"kvpress_{kind}_prefix_kept_{ratio}"].append(mask[..., :prefix_len].float().mean().item())
             figures[f"kvpress_{kind}_context_kept_{ratio}"].append(of_context[kind].float().mean().item())
     return figures
-
-
-def check_repeats(context: FullContext, theirs: Tensor, chunk_len: int) -> None:
-    """That kvpress lets the model repeat the same tokens after the same prompts; else nothing can be compared."""
-    chunks = chunk_slices(context.context_ids.numel(), chunk_len, merge_short=False)
-    ours = torch.cat([ids for _, ids in context._replays(chunks)])
-    if not torch.equal(ours, theirs):
-        raise SystemExit("kvpress replays other tokens than kvzip does: the prompts of the two differ")
 
 
 def own_answers(

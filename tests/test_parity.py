@@ -16,6 +16,7 @@ from kvzip.compress import FullContext, Selection, chunk_slices, pack_context
 from kvzip.methods import parse_method
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import compared
 import parity
 from parity import NUM_SINKS, FewSinksScorer
 
@@ -110,8 +111,10 @@ def test_a_short_last_chunk_alone_has_higher_scores(full: kvzip.Prefilled) -> No
 
 
 def test_both_rank_and_overlap_as_defined() -> None:
-    assert parity.mean_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
-    assert parity.spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0])) == pytest.approx(1)
-    assert parity.spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 1.0, 2.0])) == pytest.approx(-0.5)
-    assert parity.spearman(torch.tensor([1.0, 2.0]), torch.zeros(2)) == 0
-    assert parity.overlap(torch.tensor([True, True, False]), torch.tensor([True, False, False])) == pytest.approx(2 / 3)
+    assert compared.mean_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+    assert compared.spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0])) == pytest.approx(1)
+    assert compared.spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 1.0, 2.0])) == pytest.approx(-0.5)
+    assert compared.spearman(torch.tensor([1.0, 2.0]), torch.zeros(2)) == 0
+    assert compared.overlap(torch.tensor([True, True, False]), torch.tensor([True, False, False])) == pytest.approx(
+        2 / 3
+    )

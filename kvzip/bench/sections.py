@@ -84,6 +84,30 @@ def parity(results: list[Result]) -> str:
     return f"{pairs}\n{answers}"
 
 
+def agreement(results: list[Result]) -> str:
+    """Other presses of kvpress beside our methods."""
+    ratios = ("0.5", "0.3", "0.1")
+    pair = "{:.4f} ({:.4f})".format
+    return _section(
+        "Agreement with kvpress' other presses",
+        "Scores and kept pairs on the same token ids, head by head: the median over the heads and, in parentheses, the "
+        "least. Each press as it is, then with matching options, then with one choice that differs. Rank correlation "
+        "is Spearman's; overlap is the share of kept pairs that both keep, at three keep ratios.",
+        ["model", "tokens", "press", "what is compared", "rank correlation", *[f"overlap {r}" for r in ratios]],
+        [
+            [
+                *_subject(r),
+                row["press"],
+                row["what"],
+                pair(*row["spearman"]) if "spearman" in row else "-",
+                *[pair(*row["overlap"][ratio]) for ratio in ratios],
+            ]
+            for r in results
+            for row in r["rows"]
+        ],
+    )
+
+
 def replay(results: list[Result]) -> str:
     """Global against local replay."""
     head = [
@@ -314,6 +338,7 @@ SECTIONS: dict[str, Callable[[list[Result]], str]] = {
     "compress": compress,
     "kvpress": kvpress,
     "parity": parity,
+    "agreement": agreement,
     "replay": replay,
     "decode": decode,
     "open": open_,

@@ -20,7 +20,7 @@ class ExpectedScorer(BaseScorer):
     turned by the average rotation of the next `num_future` positions. A key's expected weight is then
     exp(z), z = scale k.m + scale^2 k.C.k / 2; p is the softmax of z over the context, averaged over the query heads of
     a KV head. Queries are turned back from what attention sees, so their norms and scales are the model's own; a soft
-    cap is not modelled.  num_sinks: first tokens, prefix included, that are left out of m and C and pinned.
+    cap is not modelled.  num_sinks: first tokens, prefix included, that are left out of m, C and p, and pinned.
     """
 
     needs = frozenset({"prefill_queries", "keys"})
@@ -50,17 +50,22 @@ class ExpectedScorer(BaseScorer):
     def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
         first = self._prefix_len + self.shape[2]
         mean, covariance = self._seen[layer].turned(first, self.num_future)
-        scale, keys = self._seen[layer].scale, keys.float()
+        scale, sinks = self._seen[layer].scale, self._num_sinks_in_context
+        keys, values = keys[:, sinks:].float(), values[:, sinks:].float()
         shares = torch.zeros(keys.shape[:2], device=keys.device)
         groups = mean.shape[0] // keys.shape[0]
         for head in range(mean.shape[0]):
             own = keys[head // groups]
             z = own @ mean[head] * scale + (own @ covariance[head] * own).sum(dim=-1) * scale**2 / 2
             shares[head // groups] += torch.softmax(z, dim=-1) / groups
-        self._scores[layer] = ((shares + self.epsilon) * values.float().norm(dim=-1)).cpu()
+        self._scores[layer, :, sinks:] = ((shares + self.epsilon) * values.norm(dim=-1)).cpu()
+
+    @property
+    def _num_sinks_in_context(self) -> int:
+        return min(self.shape[2], max(0, self.num_sinks - self._prefix_len))
 
     def scores(self) -> Tensor:
-        return pin_first(self._scores.clone(), min(self.shape[2], max(0, self.num_sinks - self._prefix_len)))
+        return pin_first(self._scores.clone(), self._num_sinks_in_context)
 
 
 class Moments:
