@@ -17,6 +17,10 @@ from transformers import DynamicCache
 import kvzip
 from kvzip.compress import FullContext, Selection, chunk_slices, pack_context
 from kvzip.context import ContextInfo, RaggedContext
+from kvzip.eval.fidelity import fidelity
+from kvzip.eval.questions import ask_full
+from kvzip.eval.tasks.base import Question
+from kvzip.eval.tasks.squad import Squad
 from kvzip.hf.cache import SessionCache
 from kvzip.methods import parse_method
 from kvzip.ops.selection import select_global
@@ -99,6 +103,19 @@ def test_eviction_equals_masking_alone_and_in_a_batch(
             assert (ours - expected).abs().max() < NOISE
             assert (full - expected).abs().max() > 10 * NOISE, "the mask must matter"
             assert expected[asked - 1 : -1].argmax(-1).tolist() == answer.token_ids
+
+
+@pytest.mark.parametrize(("method", "limit"), [("k8v4", 0.003), ("int4", 0.015)])
+def test_quantized_pairs_stay_close_to_the_full_cache(case: SimpleNamespace, method: str, limit: float) -> None:
+    """Mean KL of the answers' tokens. The bounds are of one model."""
+    if case.llm.name != "qwen2.5-coder-0.5b":
+        pytest.skip("the bounds are of qwen2.5-coder-0.5b")
+    questions = [Question(text, ("",)) for text in case.questions[:6]]
+    asked = ask_full(Squad(), case.prefilled.compress(1.0), questions, "multi-request")
+    context = case.prefilled.compress(kvzip.CompressOptions(method=method))
+    found = [fidelity(context, one.reference).kl for one in asked]
+    assert 0 < sum(found) / len(found) <= limit
+    assert context.data.kv_nbytes < 0.25 * context.data.info.full_kv_nbytes  # of float32
 
 
 def test_counts_are_exact(case: SimpleNamespace) -> None:

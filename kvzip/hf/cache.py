@@ -128,6 +128,7 @@ class SharedTailLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     nbytes = 0
+    resident: Resident | None = None  # what its queries fetch is counted by the source
 
     def __init__(self, source: TailLayer) -> None:
         self.source = source
