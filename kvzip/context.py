@@ -63,6 +63,11 @@ class RaggedLayer:
     def device(self) -> torch.device:
         return self.keys.device
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys or values of this level stand in codes."""
+        return not (isinstance(self.keys, Tensor) and isinstance(self.values, Tensor))
+
     @cached_property
     def levels(self) -> tuple[RaggedLayer, ...]:
         """This layer's pairs and those below, by precision."""

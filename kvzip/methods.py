@@ -132,9 +132,11 @@ def parse_method(text: str) -> Method:
     for word in words:
         for name, given in _expand(word, alone=len(words) == 1):
             slot, function = _find(name)
-            (transforms if slot == "transform" else chosen)[name if slot == "transform" else slot] = make_part(
-                name, function, given
-            )
+            part = make_part(name, function, given)
+            if slot == "transform":
+                transforms[name] = part
+            else:
+                chosen[slot] = part
     budget = chosen.get("budget")
     own = None if budget is None else get_budget_kind(budget.name).scorer
     scorer = Part(own) if own else chosen.get("scorer")

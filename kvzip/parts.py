@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 from kvzip.errors import InputError, UnknownNameError
@@ -137,6 +138,17 @@ def unknown_option(name: str, option: str, known: typing.Iterable[str]) -> Unkno
     if not names:
         return UnknownNameError(f"{name} takes no options: leave out {option!r}")
     return UnknownNameError.of(f"option of {name}", option, names)
+
+
+def named(kind: str, name: str, known: Mapping[str, str]) -> Any:
+    """What the lazy string "module:attribute" of that name stands for.  kind: as an error calls it.
+
+    Raises UnknownNameError with the nearest name.
+    """
+    if name not in known:
+        raise UnknownNameError.of(kind, name, known)
+    module, attribute = known[name].split(":")
+    return getattr(import_module(module), attribute)
 
 
 def split_part(text: str) -> tuple[str, dict[str, str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +24,24 @@ def profile_path(kind: str, fingerprint: str) -> Path:
 
 def save_profile(kind: str, fingerprint: str, profile: Profile, source: str) -> Path:
     """Store a profile and the name of the text it came from."""
+    return write_profile(kind, fingerprint, {name: value.tolist() for name, value in profile.items()}, source)
+
+
+def write_profile(kind: str, fingerprint: str, content: Mapping[str, Any], source: str) -> Path:
+    """Store what was learned, as JSON types."""
     path = profile_path(kind, fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: value.tolist() for name, value in profile.items()}
-    write_whole(path, json.dumps({"fingerprint": fingerprint, "source": source, **values}).encode())
+    write_whole(path, json.dumps({"fingerprint": fingerprint, "source": source, **content}).encode())
     return path
+
+
+def find_profile(kind: str, fingerprint: str) -> tuple[Path, str]:
+    """The file of a profile, and what to do where it can't be used. Raises ModelError where there is none."""
+    path = profile_path(kind, fingerprint)
+    remedy = f"make one with `kvzip calibrate --method {kind} -m MODEL`, or llm.calibrate({kind!r}, text)"
+    if not path.exists():
+        raise ModelError(f"this model has no {kind} profile: {remedy}")
+    return path, remedy
 
 
 def load_profile(kind: str, fingerprint: str, shape: tuple[int, int]) -> Profile:
@@ -34,10 +49,8 @@ def load_profile(kind: str, fingerprint: str, shape: tuple[int, int]) -> Profile
 
     Raises ModelError where there is none, or none that fits, naming the command that makes it.
     """
-    path, expected = profile_path(kind, fingerprint), get_profiler(kind).values
-    remedy = f"make one with `kvzip calibrate --method {kind} -m MODEL`, or llm.calibrate({kind!r}, text)"
-    if not path.exists():
-        raise ModelError(f"this model has no {kind} profile: {remedy}")
+    expected = get_profiler(kind).values
+    path, remedy = find_profile(kind, fingerprint)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         profile = {name: torch.tensor(content[name], dtype=torch.float32) for name in expected}

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from kvzip.compress import Engine
 from kvzip.errors import InputError, ModelError
-from kvzip.files import write_whole
 from kvzip.hf.geometry import Geometry
 from kvzip.hf.prefill import PrefillCache, forward_at
-from kvzip.models.cache import cache_dir
 from kvzip.ops.sharing import THRESHOLD, Shared, by_distance, mean_states, search_shared
+from kvzip.profilers import SHARING
+from kvzip.profiles import find_profile, write_profile
 from kvzip.progress import Progress, silent
 
 NUM_SENTENCES, SENTENCE_LEN = 30, 64  # as in the paper; here each passage has exactly that many tokens
@@ -95,26 +95,14 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(cosine_similarity(a, b, dim=0))
 
 
-def profile_path(fingerprint: str) -> Path:
-    """Where the map of a model is kept."""
-    return cache_dir() / "kvsharer-profiles" / f"{fingerprint.replace(':', '-')}.json"
-
-
 def save_shared_layers(fingerprint: str, shared: Shared, source: str) -> Path:
     """Store the map of a model and the name of the text it came from."""
-    path = profile_path(fingerprint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"fingerprint": fingerprint, "source": source, "shared": sorted(shared.items())}
-    write_whole(path, json.dumps(content).encode())
-    return path
+    return write_profile(SHARING, fingerprint, {"shared": sorted(shared.items())}, source)
 
 
 def load_shared_layers(fingerprint: str, geometry: Geometry) -> Shared:
     """The map of a model. Raises ModelError where there is none that fits, naming the command that makes one."""
-    path = profile_path(fingerprint)
-    remedy = "make one with `kvzip calibrate --method kvsharer -m MODEL`, or llm.calibrate('kvsharer', text)"
-    if not path.exists():
-        raise ModelError(f"this model has no kvsharer profile: {remedy}")
+    path, remedy = find_profile(SHARING, fingerprint)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         owner, pairs = content["fingerprint"], content["shared"]

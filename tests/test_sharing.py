@@ -29,8 +29,9 @@ from kvzip.hf.geometry import probe
 from kvzip.ops.ragged import pack_bits
 from kvzip.ops.sharing import by_distance, joined, mean_states, search_shared
 from kvzip.options import CompressOptions
+from kvzip.profiles import profile_path
 from kvzip.session import Session
-from kvzip.sharing import find_shared_layers, load_shared_layers, passages, profile_path, save_shared_layers
+from kvzip.sharing import find_shared_layers, load_shared_layers, passages, save_shared_layers
 
 PROMPTS = RepeatPrompts(torch.arange(3, 9), torch.arange(9, 14), torch.arange(14, 18))
 TEXT = "The quick brown fox jumps over the lazy dog. A lamp burned in the tower! Who saw it? " * 4
@@ -365,7 +366,7 @@ def test_a_number_of_layers_is_for_sharing_alone(llm: kvzip.LLM) -> None:
 def test_a_profile_that_is_missing_or_does_not_fit_is_refused_before_any_work(
     llm: kvzip.LLM, content: str | None
 ) -> None:
-    path = profile_path(llm.fingerprint)
+    path = profile_path("kvsharer", llm.fingerprint)
     if content is None:
         path.unlink()
     else:

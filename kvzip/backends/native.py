@@ -26,7 +26,6 @@ from kvzip.backends.reference import fold_batch, unfold_batch
 from kvzip.context import Pairs, RaggedLayer
 from kvzip.errors import BackendError
 from kvzip.models.cache import cache_dir
-from kvzip.ops.quantize import QuantizedPairs
 
 PART = 512  # keys of a part, as in ragged.c
 MAX_DIM = 512  # as in ragged.c
@@ -72,7 +71,7 @@ class Levels:
     def of(cls, layer: RaggedLayer) -> Levels:
         tensors = [t for level in layer.levels for t in _tensors(level)]
         kinds = {t.dtype for level in layer.levels for t in (level.keys, level.values)}
-        is_coded = any(isinstance(t, QuantizedPairs) for level in layer.levels for t in (level.keys, level.values))
+        is_coded = any(level.is_quantized for level in layer.levels)
         readable = kinds == {torch.float32} and all(t.is_cpu and t.is_contiguous() for t in tensors)
         if not readable or layer.head_dim > MAX_DIM:
             return cls(None, 0, is_coded)
@@ -119,10 +118,10 @@ class NativeBackend(CPUBackend):
     def attend_ragged(
         self, query: Tensor, layer: RaggedLayer, *, scale: float, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        rows = fold_batch(query, layer.num_kv_heads)
-        if softcap is not None or not _fits(rows, levels_of(layer)):
+        rows, known = fold_batch(query, layer.num_kv_heads), levels_of(layer)
+        if softcap is not None or not _fits(rows, known):
             return super().attend_ragged(query, layer, scale=scale, softcap=softcap)
-        return unfold_batch(*self._attend(rows, levels_of(layer), scale), query)
+        return unfold_batch(*self._attend(rows, known, scale), query)
 
     def decode(
         self,
@@ -134,10 +133,10 @@ class NativeBackend(CPUBackend):
         scale: float,
         softcap: float | None = None,
     ) -> Tensor:
-        rows = fold_batch(query, layer.num_kv_heads)
-        if softcap is not None or not _fits(rows, levels_of(layer)) or not _fits_tail(keys, values):
+        rows, known = fold_batch(query, layer.num_kv_heads), levels_of(layer)
+        if softcap is not None or not _fits(rows, known) or not _fits_tail(keys, values):
             return super().decode(query, layer, keys, values, scale=scale, softcap=softcap)
-        return self._attend(rows, levels_of(layer), scale, (keys, values))[0].view(query.shape)
+        return self._attend(rows, known, scale, (keys, values))[0].view(query.shape)
 
     def _attend(
         self, rows: Tensor, known: Levels, scale: float, tail: tuple[Tensor, Tensor] | None = None

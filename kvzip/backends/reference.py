@@ -92,7 +92,7 @@ class ReferenceBackend:
 def blocks_of(layer: RaggedLayer, head: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Keys [n, D], values and biases of one head: as they lie, or, quantized, read block by block; nothing if empty."""
     first, end = layer.offsets[head], layer.offsets[head + 1]
-    step = end - first if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor) else READ_BLOCK
+    step = READ_BLOCK if layer.is_quantized else end - first
     for start in range(0, end - first, max(1, step)):
         stop = min(start + step, end - first)
         bias = None if layer.bias is None else layer.bias[first + start : first + stop]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kvzip.errors import UnknownNameError
-from kvzip.parts import Part
+from kvzip.parts import Part, named
 
 if TYPE_CHECKING:
     from kvzip.fetch.base import BaseFetch
@@ -18,10 +16,7 @@ FETCHES = {
 
 def fetch_class(name: str) -> type[BaseFetch]:
     """The class of that name. Raises UnknownNameError."""
-    if name not in FETCHES:
-        raise UnknownNameError.of("fetch", name, FETCHES)
-    module, cls = FETCHES[name].split(":")
-    found: type[BaseFetch] = getattr(import_module(module), cls)
+    found: type[BaseFetch] = named("fetch", name, FETCHES)
     return found
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
-from kvzip.errors import UnknownNameError
-from kvzip.parts import make_part, split_part
+from kvzip.parts import make_part, named, split_part
 from kvzip.scorers.base import BaseScorer
 
 SCORERS = {
@@ -26,11 +23,7 @@ FAITHFUL = {"reconstruction-faithful": "kvzip.scorers.reconstruction:FaithfulRec
 
 def scorer_class(name: str) -> type[BaseScorer]:
     """The class of that name. Raises UnknownNameError."""
-    known = SCORERS | FAITHFUL
-    if name not in known:
-        raise UnknownNameError.of("scorer", name, known)
-    module, cls = known[name].split(":")
-    found: type[BaseScorer] = getattr(import_module(module), cls)
+    found: type[BaseScorer] = named("scorer", name, SCORERS | FAITHFUL)
     return found
 
 

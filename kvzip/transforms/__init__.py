@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
-from kvzip.errors import UnknownNameError
-from kvzip.parts import Part
+from kvzip.parts import Part, named
 from kvzip.transforms.base import BaseTransform
 
 TRANSFORMS = {
@@ -16,10 +13,7 @@ TRANSFORMS = {
 
 def transform_class(name: str) -> type[BaseTransform]:
     """The class of that name. Raises UnknownNameError."""
-    if name not in TRANSFORMS:
-        raise UnknownNameError.of("transform", name, TRANSFORMS)
-    module, cls = TRANSFORMS[name].split(":")
-    found: type[BaseTransform] = getattr(import_module(module), cls)
+    found: type[BaseTransform] = named("transform", name, TRANSFORMS)
     return found
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
-from kvzip.errors import UnknownNameError
 from kvzip.eval.tasks.base import Task
+from kvzip.parts import named
 
 TASKS = {
     "retr-kv": "kvzip.eval.tasks.retrieval:RetrKV",
@@ -40,8 +38,5 @@ TASKS = {
 
 def get_task(name: str) -> Task:
     """The task of that name. Raises UnknownNameError."""
-    if name not in TASKS:
-        raise UnknownNameError.of("task", name, TASKS)
-    module, cls = TASKS[name].split(":")
-    task: Task = getattr(import_module(module), cls)()
+    task: Task = named("task", name, TASKS)()
     return task
