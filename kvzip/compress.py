@@ -76,10 +76,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to keep.  mask: [Lf, Hkv, S] bool.  ranks: [Lf, Hkv, S] uint8 (see RaggedContext), or None."""
+    """What to keep.  mask: [Lf, Hkv, S] bool.  ranks: [Lf, Hkv, S] uint8 (see RaggedContext), or None.
+
+    scores: [Lf, Hkv, S] float32 that decided, or None where nothing was scored.
+    """
 
     mask: Tensor
     ranks: Tensor | None
+    scores: Tensor | None = None
 
 
 def chunk_slices(context_len: int, chunk_len: int, *, merge_short: bool = True) -> list[slice]:
@@ -302,6 +306,7 @@ class FullContext:
         self,
         keep_mask: Tensor,
         *,
+        scores: Tensor | None = None,
         transforms: Sequence[BaseTransform] = (),
         fetch: BaseFetch | None = None,
         release: bool = False,
@@ -309,8 +314,8 @@ class FullContext:
         """The kept pairs of every layer, keys shifted so that a question starts at position 0; of a shared layer, the
         very object of its source.
 
-        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms, then
-        fetch: applied to each full-attention layer as soon as it is packed.
+        keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms, then fetch: applied to each
+        full-attention layer as soon as it is packed.  scores: [Lf, Hkv, S], shown to the transforms.
         release: give each layer's full cache back as soon as it is packed; this object is of no use afterwards.
         """
         index_of = {layer: index for index, layer in enumerate(self.engine.geometry.full_layers)}
@@ -319,12 +324,19 @@ class FullContext:
             mask = keep_mask[index_of[index]] if index in index_of else None
             layer = self._evict_layer(index, mask)
             if mask is not None:
-                layer = reduce(lambda so_far, t: t.apply(so_far), transforms, layer)
+                kept = None if scores is None else self._kept_scores(scores[index_of[index]], mask)
+                layer = reduce(lambda so_far, t, kept=kept: t.apply(so_far, kept), transforms, layer)
                 layer = layer if fetch is None else fetch.apply(layer, index)
             packed[index] = layer
             if release:
                 dense.release()
         return tuple(packed[shared.get(index, index)] for index in range(len(self.cache.layers)))
+
+    def _kept_scores(self, scores: Tensor, context_mask: Tensor) -> Tensor:
+        """Of the pairs of one layer as they are packed: [N], infinite for the prefix."""
+        prefix_len = self.prefix_ids.numel()
+        mask = torch.nn.functional.pad(context_mask, (prefix_len, 0), value=True)
+        return torch.nn.functional.pad(scores, (prefix_len, 0), value=torch.inf)[mask]
 
     def _evict_layer(self, index: int, context_mask: Tensor | None) -> RaggedLayer:
         dense, geometry = self.cache.stored[index], self.engine.geometry.layers[index]
@@ -357,10 +369,11 @@ def select(
     num_pairs: how many to keep; None where the budget decides that.  profile: of the model, where the budget needs it.
     """
     if faithful and num_pairs is not None:
-        return Selection(select_above(scores, num_pairs / scores.numel()), None)
+        return Selection(select_above(scores, num_pairs / scores.numel()), None, scores)
     assert method.budget is not None and method.budget_kind is not None
     mask = method.budget_kind(scores, num_pairs, dict(method.budget.options), profile)
-    return Selection(mask, pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None)
+    ranks = pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None
+    return Selection(mask, ranks, scores)
 
 
 def fit_chunk_len(
@@ -395,7 +408,7 @@ def pack_context(
     release: bool,
 ) -> RaggedContext:
     """The compressed context of a selection."""
-    layers = full.evict(selection.mask, transforms=transforms, fetch=fetch, release=release)
+    layers = full.evict(selection.mask, scores=selection.scores, transforms=transforms, fetch=fetch, release=release)
     return RaggedContext(
         layers=layers,
         prefix_ids=full.prefix_ids.to(torch.int32),

@@ -326,7 +326,7 @@ class Prefilled:
     def _select(
         self, options: CompressOptions, method: Method, num_pairs: int | None, total: int, progress: Progress
     ) -> tuple[Selection, float]:
-        if num_pairs == total:  # nothing to choose
+        if num_pairs == total and not method.needs_scores:  # nothing to choose
             shape = (*self.geometry.full_shape, self._full.context_ids.numel())
             return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
         assert method.budget_kind is not None

@@ -61,6 +61,11 @@ ALIASES = {
         "reconstruction-plus+global", "kvzip, times what a pair adds to the stream", "KVzip+, arXiv 2601.07891"
     ),
     "l2-norm": Alias("key-norm+uniform", "small key norms", "L2-norm, arXiv 2406.11430"),
+    "leankv": Alias(
+        "mean-attention+threshold:threshold=0.02+levels",
+        "what gets attention, the most of it in more bits",
+        "LeanKV, arXiv 2412.03131",
+    ),
     "pyramidkv": Alias(
         "window:window_size=8+pyramid", "SnapKV's scores; lower layers keep more", "PyramidKV, arXiv 2406.02069"
     ),
@@ -112,6 +117,11 @@ class Method:
         return any(transform_class(part.name).shares_layers for part in self.transforms)
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether pairs are stored by their scores, so that these are needed even where all pairs stay."""
+        return any(transform_class(part.name).needs_scores for part in self.transforms)
+
+    @property
     def composition(self) -> str:
         """The canonical name: all parts spelled out, with the options that differ from their defaults."""
         parts = (self.scorer, self.budget, *self.transforms, self.fetch)
@@ -149,6 +159,11 @@ def parse_method(text: str) -> Method:
             f"method {text!r} can't be: fetched pairs are stored as they are; leave {next(iter(transforms))!r} out"
         )
     in_order = tuple(transforms[name] for name in TRANSFORMS if name in transforms)
+    coding = [part.name for part in in_order if transform_class(part.name).stores_codes]
+    if len(coding) > 1:
+        raise InputError(f"method {text!r} can't be: {' and '.join(coding)} both decide the bits; leave one out")
+    if scorer is None and any(transform_class(part.name).needs_scores for part in in_order):
+        raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before {coding[0]!r}")
     return Method(text, scorer, budget, in_order, chosen.get("fetch"))
 
 

@@ -72,7 +72,8 @@ class Option:
         """The value as `read` takes it."""
         if isinstance(value, tuple):
             return LIST_MARK.join(map(str, value))
-        return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+        text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+        return text.replace("e+", "e")  # a plus joins parts
 
     def _convert(self, text: str) -> Any:
         """The value, or None where it is of another type."""

@@ -538,7 +538,7 @@ def test_methods_are_listed_with_needs_and_options(tmp_path, monkeypatch, capsys
     assert found["method", "kvzip"]["query_agnostic"] and not found["method", "snapkv"]["query_agnostic"]
     assert all(row["description"] and row["source"] for row in rows)
     decide = {(row["kind"], row["name"]) for row in rows if row["decides_count"]}
-    assert decide == {("method", "refreekv"), ("budget", "threshold")}
+    assert decide == {("method", "refreekv"), ("method", "leankv"), ("budget", "threshold")}
     code, shown, _ = call(monkeypatch, capsys, tmp_path, "methods")
     assert code == 0 and all(row["name"] in shown for row in rows)
 

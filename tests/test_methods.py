@@ -78,6 +78,10 @@ def random_ids(seed: int, length: int) -> torch.Tensor:
         ("quantize:key_bits=16,value_bits=2", "quantize:key_bits=16,value_bits=2"),
         ("refreekv", "suffix-loss+threshold"),
         ("baklava", "sinks-recent+baklava"),
+        ("leankv", "mean-attention+threshold:threshold=0.02+levels"),
+        ("kvzip+levels:high=1e30", "reconstruction+global+levels:high=1e30"),
+        ("leankv:threshold=0.1,high=2", "mean-attention+threshold:threshold=0.1+levels:high=2"),
+        ("kvzip+levels:high=0.5,low_key_bits=8", "reconstruction+global+levels:high=0.5,low_key_bits=8"),
         ("kvzip+baklava:gamma=0", "reconstruction+baklava:gamma=0"),
         ("duo-attention:num_sinks=8", "sinks-recent+duo:num_sinks=8"),
         ("kvzip+duo", "sinks-recent+duo"),
@@ -103,7 +107,9 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
         "key_axis": st.sampled_from(["token", "channel"]), "value_axis": st.sampled_from(["token", "channel"]),
         "group_size": st.integers(1, 99), "budget": st.integers(1, 99), "tokens_per_cluster": st.integers(1, 99),
         "skip_first": st.integers(0, 9), "iterations": st.integers(1, 99), "cache_steps": st.integers(0, 64),
-        "whole_layers": st.integers(0, 9),
+        "whole_layers": st.integers(0, 9), "high": st.floats(-9, 9),
+        **{f"{level}_{which}_bits": st.sampled_from([16, 8, 4, 2])
+           for level in ("high", "low") for which in ("key", "value")},
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")
@@ -133,6 +139,10 @@ def test_methods_joined_by_commas_keep_their_options() -> None:
         ("snapkv+pyramid:alpha=1", "known: beta"),
         ("kvzip:window_size=3", "takes no options"),
         ("pyramid", "no scorer"),
+        ("levels:high=2", "has no scorer"),
+        ("leankv+int4", "levels and quantize both decide the bits"),
+        ("leankv:low_key_bits=3", "one of 16, 8, 4, 2"),
+        ("leankv:high=nan", "a number"),
         ("window:", "write name:option=value"),
         ("window:window_size", "write name:option=value"),
         ("window:window_size=1,window_size=2", "each once"),
@@ -225,6 +235,16 @@ def test_suffix_loss_scores(case: SimpleNamespace, rule: str, num_sinks: int) ->
             else:
                 assert (got >= PINNED).all()
         assert (ours[layer, :, : first - PREFIX_LEN] >= PINNED).all()
+
+
+@pytest.mark.parametrize("size", [5, 64, 999])
+def test_mean_attention_scores(case: SimpleNamespace, size: int) -> None:
+    ours = case.full.score(f"mean-attention:window_size={size}")
+    last = min(size, CONTEXT_LEN)
+    mean = case.weights[..., -last:, PREFIX_LEN:].mean(dim=2)  # each query head by itself
+    expected = by_group(case, mean).amax(dim=2) * (PREFIX_LEN + CONTEXT_LEN)
+    torch.testing.assert_close(ours[..., : CONTEXT_LEN - last], expected[..., : CONTEXT_LEN - last], **CLOSE)
+    assert (ours[..., CONTEXT_LEN - last :] >= PINNED).all() and (ours > 0).all()
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean", "max"])

@@ -11,6 +11,7 @@ SCORERS = {
     "head-profile": "kvzip.scorers.head_profile:HeadProfileScorer",
     "key-norm": "kvzip.scorers.key_norm:KeyNormScorer",
     "last-query": "kvzip.scorers.last_query:LastQueryScorer",
+    "mean-attention": "kvzip.scorers.mean_attention:MeanAttentionScorer",
     "random": "kvzip.scorers.chance:RandomScorer",
     "reconstruction": "kvzip.scorers.reconstruction:ReconstructionScorer",
     "reconstruction-plus": "kvzip.scorers.reconstruction_plus:ReconstructionPlusScorer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from kvzip.context import RaggedLayer
 from kvzip.transforms.base import BaseTransform
 
@@ -17,5 +19,5 @@ class KVSharer(BaseTransform):
     source = "KVSharer, arXiv 2410.18517"
     shares_layers = True
 
-    def apply(self, layer: RaggedLayer) -> RaggedLayer:
+    def apply(self, layer: RaggedLayer, scores: Tensor | None = None) -> RaggedLayer:
         return layer

@@ -29,6 +29,7 @@ class Quantize(BaseTransform):
 
     summary = "few bits a number, scales by group"
     source = "KIVI, arXiv 2402.02750; DiffKV, arXiv 2412.03131"
+    stores_codes = True
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Quantize(BaseTransform):
         self.parts: tuple[tuple[Bits, Axis], ...] = ((key_bits, key_axis), (value_bits, value_axis))
         self.group_size = group_size
 
-    def apply(self, layer: RaggedLayer) -> RaggedLayer:
+    def apply(self, layer: RaggedLayer, scores: Tensor | None = None) -> RaggedLayer:
         keys, values = (
             pairs if layout is None or not isinstance(pairs, Tensor) else quantize(pairs, layer.offsets, layout)
             for pairs, layout in zip((layer.keys, layer.values), self.layouts(layer.head_dim), strict=True)
