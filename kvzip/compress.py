@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -325,7 +324,8 @@ class FullContext:
             layer = self._evict_layer(index, mask)
             if mask is not None:
                 kept = None if scores is None else self._kept_scores(scores[index_of[index]], mask)
-                layer = reduce(lambda so_far, t, kept=kept: t.apply(so_far, kept), transforms, layer)
+                for transform in transforms:
+                    layer = transform.apply(layer, kept)
                 layer = layer if fetch is None else fetch.apply(layer, index)
             packed[index] = layer
             if release:

@@ -40,7 +40,9 @@ class MeanAttentionScorer(BaseScorer):
     def watch(self, layer: int, reading: Reading) -> None:
         num_kv_heads, seen = reading.keys.shape[0], reading.keys.shape[1] - reading.prefix_len
         self._total = self.shape[2] + reading.prefix_len
-        queries, lses = (t.unflatten(0, (num_kv_heads, -1)).transpose(0, 1) for t in (reading.query, reading.lse))
+        queries, lses = (
+            t.reshape(num_kv_heads, -1, *t.shape[1:]).transpose(0, 1) for t in (reading.query, reading.lse)
+        )
         sums = self._sums.setdefault(layer, torch.zeros(len(queries), *self.shape[1:]))
         for member, query, lse in zip(sums, queries, lses, strict=True):
             got = causal_columns(query, reading.keys, lse, scale=reading.scale, softcap=reading.softcap)
