@@ -238,7 +238,7 @@ class RaggedContext:
     @property
     def resident_kv_nbytes(self) -> int:
         """Of `kv_nbytes`, what one conversation has in memory at a step; less only where pairs are fetched."""
-        return sum(layer.resident_nbytes for layer in self.layers)
+        return sum(layer.resident_nbytes for layer in self.stored_layers.values())
 
     @property
     def is_fetched(self) -> bool:

@@ -127,7 +127,7 @@ def test_a_conversation_holds_the_expected_answers(tiny: kvzip.LLM) -> None:
     for number, (turn, question) in enumerate(zip(turns, questions, strict=True)):
         history += tiny.question_ids(question.text, first=number == 0)
         assert turn.prompt_ids == history
-        assert [turn.reference.answer_ids.tolist()] == answer_ids(full, [history], task.max_new_tokens)
+        assert turn.reference.answer_ids.tolist() == answer_ids(full, history, task.max_new_tokens)
         history += tiny.tokenize(question.golds[0]).tolist() if question.golds else []
     assert alone[2].prompt_ids == tiny.question_ids("why?")
     assert turns[2].question.golds == (turns[2].reference.text,), "no gold answer: the full cache's own is"

@@ -55,22 +55,44 @@ def make_reference(
 
     Raises ContextLengthError where the model's positions do not suffice.
     """
-    (found,) = answer_ids(full, [prompt_ids], max_new_tokens)
+    found = answer_ids(full, prompt_ids, max_new_tokens)
     ids, answer = torch.tensor([*prompt_ids, *found[:-1]]), torch.tensor(found)
     return Reference(ids, answer, answer_log_probs(full, ids, len(found)), full.llm.generator.text(found))
 
 
-def answer_ids(context: CompressedContext, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """The tokens of the greedy answer to each prompt, end token included, as one batch. Raises ContextLengthError."""
+def answer_ids(context: CompressedContext, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """The tokens of the greedy answer, end token included. Raises ContextLengthError."""
     llm = context.llm
-    check_positions(context.data.logical_len, max(map(len, prompts)), max_new_tokens, llm.max_positions)
-    return llm.generator.run_batch(context.cache(), prompts, max_new_tokens, Clock(), {})
+    check_positions(context.data.logical_len, len(prompt_ids), max_new_tokens, llm.max_positions)
+    return llm.generator.run(context.cache(), torch.tensor([prompt_ids]), None, max_new_tokens, Clock(), {})[0]
 
 
 def fidelity(context: CompressedContext, reference: Reference) -> Fidelity:
     """How a compressed context of the same text answers."""
+    return _compare(answer_log_probs(context, reference.ids, len(reference.log_probs)), reference)
+
+
+def answered(context: CompressedContext, reference: Reference, max_new_tokens: int) -> tuple[Fidelity, list[int]]:
+    """`fidelity`, and the tokens of the context's own greedy answer, end token included.
+
+    Up to the first token that differs both answers are the same, so only what follows is decoded.
+    """
+    cache, generator, num_known = context.cache(), context.llm.generator, len(reference.answer_ids)
+    found = answer_log_probs(context, reference.ids, num_known, cache)
+    choice = found.argmax(-1)
+    agreed = int((choice == reference.answer_ids).cumprod(0).sum())
+    answer = choice[: agreed + 1].tolist()
+    if agreed < num_known and answer[-1] not in generator.end_ids and len(answer) < max_new_tokens:
+        before = len(reference.ids) - (num_known - 1) + agreed  # tokens of the question and of what is agreed
+        cache.rewind(before)
+        ids = torch.cat([reference.ids[:before], choice[agreed : agreed + 1]])
+        answer += generator.run(cache, ids[None], None, max_new_tokens - len(answer), Clock(), {})[0]
+    return _compare(found, reference), answer
+
+
+def _compare(found: Tensor, reference: Reference) -> Fidelity:
+    """found: [m, V] float32, log-probabilities at each token of the reference answer."""
     expected = reference.log_probs
-    found = answer_log_probs(context, reference.ids, len(expected))
     answer = reference.answer_ids.unsqueeze(1)
     same = found.argmax(-1) == reference.answer_ids
     return Fidelity(
@@ -82,10 +104,13 @@ def fidelity(context: CompressedContext, reference: Reference) -> Fidelity:
 
 
 @torch.inference_mode()
-def answer_log_probs(context: CompressedContext, ids: Tensor, last: int) -> Tensor:
-    """[last, V] float32 on the CPU: log-probabilities after each of the last tokens of `ids` [n] behind the context."""
+def answer_log_probs(context: CompressedContext, ids: Tensor, last: int, cache: SessionCache | None = None) -> Tensor:
+    """[last, V] float32 on the CPU: log-probabilities after each of the last tokens of `ids` [n] behind the context.
+
+    cache: an empty one of the context, to go on with.
+    """
     model = context.llm.model
-    cache = SessionCache(context.data, context.llm.backend)
+    cache = context.cache() if cache is None else cache
     logits = model(ids.to(model.device)[None], past_key_values=cache, logits_to_keep=last).logits
     return torch.log_softmax(logits[0].float(), dim=-1).cpu()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip.errors import InputError, KVZipError
-from kvzip.eval.fidelity import answer_ids, fidelity, reconstruction
+from kvzip.eval.fidelity import answered, reconstruction
 from kvzip.eval.questions import Asked, ask_full
 from kvzip.eval.settings import FORMAT, FULL, EvalSettings, hash_of
 from kvzip.eval.tasks import get_task
@@ -29,7 +29,6 @@ Cell = tuple[str, float | None]  # method, keep ratio asked
 Key = tuple[str, int, str, float | None]
 ASKED: Cell = ("", 0.0)  # in the key of the line that holds a sample's questions
 WHOLE_TASK = -1  # as the number of a sample
-BATCH = 16  # questions decoded at once
 
 
 def evaluate(
@@ -152,6 +151,7 @@ class _Run:
             "keep_ratio": data.info.keep_ratio,
             "context_len": data.context_len,
             "kv_nbytes": data.kv_nbytes,
+            "resident_kv_nbytes": data.resident_kv_nbytes if data.is_fetched else None,
             "full_kv_nbytes": data.info.full_kv_nbytes,
             "answers": answers,
             "kept_share": [[round(x, 4) for x in layer] for layer in data.keep_mask.float().mean(-1).tolist()],
@@ -163,20 +163,13 @@ class _Run:
 
 
 def _answers(task: Task, context: CompressedContext, asked: list[Asked]) -> list[dict[str, Any]]:
-    """What a context answers. Where it agrees with a reference at every token, that is what it would decode."""
-    found = [fidelity(context, a.reference) for a in asked]
-    texts = [a.reference.text for a in asked]
-    changed = [i for i, one in enumerate(found) if not one.same_answer]
-    for max_new_tokens in {asked[i].max_new_tokens for i in changed}:
-        alike = [i for i in changed if asked[i].max_new_tokens == max_new_tokens]
-        for places in (alike[at : at + BATCH] for at in range(0, len(alike), BATCH)):
-            rows = answer_ids(context, [asked[i].prompt_ids for i in places], max_new_tokens)
-            for place, row in zip(places, rows, strict=True):
-                texts[place] = context.llm.generator.text(row)
-    return [
-        {"answer": text, "score": task.score(text, a.question), **asdict(one)}
-        for text, a, one in zip(texts, asked, found, strict=True)
-    ]
+    """What a context answers, and how near that is to the full cache."""
+    answers = []
+    for one in asked:
+        found, ids = answered(context, one.reference, one.max_new_tokens)
+        text = context.llm.generator.text(ids)
+        answers.append({"answer": text, "score": task.score(text, one.question), **asdict(found)})
+    return answers
 
 
 def _asked_row(task: Task, index: int, sample: Sample, full: CompressedContext, asked: list[Asked]) -> dict[str, Any]:

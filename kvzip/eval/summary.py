@@ -20,10 +20,10 @@ class Line:
 
     keep_ratio_asked: None where the method decides how much to keep.  score, error: mean and its standard error,
     contexts as clusters.  change, change_error: score minus that of the full cache on the same questions.  relative:
-    score over the full cache's, None where that is 0.  kl: mean KL(full || compressed) a token, in nats.  same: share
-    of unchanged answers.  reconstruction: share of the text that is still repeated, or None.  num_contexts,
-    num_questions: measured.  num_asked: questions with those of gaps.  gaps: samples without a result.  nbytes,
-    full_nbytes: mean of the contexts.  seconds: answering and comparing, a question.  All numbers of a line without a
+    score over the full cache's, None where that is 0.  kl, kl_error: mean KL(full || compressed) a token in nats, and its
+    standard error.  same: share of unchanged answers.  reconstruction: share of the text that is still repeated, or None.  num_contexts,
+    num_questions: measured.  num_asked: questions with those of gaps.  gaps: samples without a result.  nbytes:
+    mean of what the contexts take in memory, of fetched ones at a step.  full_nbytes: the same of the full caches.  seconds: answering and comparing, a question.  All numbers of a line without a
     result are None.
     """
 
@@ -37,6 +37,7 @@ class Line:
     change_error: float | None = None
     relative: float | None = None
     kl: float | None = None
+    kl_error: float | None = None
     same: float | None = None
     reconstruction: float | None = None
     num_contexts: int = 0
@@ -94,7 +95,10 @@ def _line(key: Key, group: _Group) -> Line:
     before = [[b["score"] for b in full] for _, _, full in group.rows]
     changes = [[a - b for a, b in zip(*both, strict=True)] for both in zip(scores, before, strict=True)]
     answers = [answer for _, found, _ in group.rows for answer in found]
-    (score, error), (change, change_error), (base, _) = (mean_and_error(c) for c in (scores, changes, before))
+    losses = [[a["kl"] for a in answers] for _, answers, _ in group.rows]
+    (score, error), (change, change_error), (base, _), (kl, kl_error) = (
+        mean_and_error(clusters) for clusters in (scores, changes, before, losses)
+    )
     rows = [row for row, _, _ in group.rows]
     repeated = [row["reconstruction"] for row in rows if row["reconstruction"] is not None]
     return Line(
@@ -107,14 +111,15 @@ def _line(key: Key, group: _Group) -> Line:
         change=change,
         change_error=change_error,
         relative=score / base if base else None,
-        kl=_mean([a["kl"] for a in answers]),
+        kl=kl,
+        kl_error=kl_error,
         same=_mean([a["same_answer"] for a in answers]),
         reconstruction=_mean(repeated) if repeated else None,
         num_contexts=len(rows),
         num_questions=len(answers),
         num_asked=len(answers) + group.unanswered,
         gaps=group.gaps,
-        nbytes=_mean([row["kv_nbytes"] for row in rows]),
+        nbytes=_mean([row.get("resident_kv_nbytes") or row["kv_nbytes"] for row in rows]),
         full_nbytes=_mean([row["full_kv_nbytes"] for row in rows]),
         seconds=sum(row["ask_s"] for row in rows) / sum(len(row["answers"]) for row in rows),
     )
