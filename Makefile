@@ -3,6 +3,7 @@
 #   PYTHON=python3.12           the Python that .venv is made with
 #   PIP_ARGS="..."              further arguments of pip, say to choose a build of torch (CONTRIBUTING.md)
 #   PYTEST_ARGS="..."           further arguments of pytest: make test PYTEST_ARGS="-m 'not real'"
+#   PYTEST_WORKERS              processes that run tests, each on one thread, with up to 4 GiB each; 0 = this one alone
 #   BENCH_MODELS, BENCH_LENS, BENCH_TEXT (SQuAD JSON), BENCH_RUNS, DECODE_LENS   what `make bench` measures
 #   PARITY_LEN, PARITY_ARGS     length of a text, and further arguments of bench/parity.py, say "--contexts 2 --limit 60"
 #   AGREEMENT_LEN               length of the text of bench/agreement.py
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,7 +44,7 @@ demo: venv ## The two-minute tour: a real model, full cache and compressed cache
 	$(BIN)/kvzip demo
 
 test: venv ## All tests; the first run fetches the three real models
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 check: venv ## Lint, format and types
 	$(BIN)/ruff check

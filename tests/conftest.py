@@ -9,10 +9,22 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for one another; before torch is there
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import kvzip
 
-REAL_MODELS = ("smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m")
+REAL_MODELS = ("qwen2.5-coder-0.5b", "gemma3-270m", "smollm2-135m")  # the slowest first
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a file and a model runs on one worker of pytest-xdist; real models first, they take longest."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        model = callspec.params.get("llm", "") if callspec else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {model}"))
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line, percent, ratio_text, summarize
+from kvzip.eval.summary import (
+    Line,
+    kept_text,
+    kl_text,
+    mib_text,
+    nearest_by_bytes,
+    percent,
+    ratio_text,
+    summarize,
+)
 
 Row = dict[str, Any]
 OURS = "kvzip"
@@ -38,12 +47,26 @@ def _task(label: str, lines: list[Line], pictures: dict[str, str]) -> str:
         text += "\nThe model hardly solves this task even with its full cache: the KL says more than the score.\n"
     methods = [line for line in lines if line.method != FULL]
     score = _table("score (%)", methods, _score)
-    loss = _table("KL to the full cache (nats a token)", methods, lambda line: _number(line.kl))
+    loss = _table("KL to the full cache (nats a token)", methods, kl_text)
     stem = label.replace("/", "-")
     task = label.partition("/")[0]
     names = [f"{stem}-curves", *([f"{task}-needles", f"{task}-kept"] if stem == task else [])]
     shown = [f"![{name}]({pictures[name]})\n" for name in names if name in pictures]
-    return "\n".join([f"### {label}\n", text, score, loss, *shown])
+    return "\n".join([f"### {label}\n", text, score, loss, _by_bytes(methods), *shown])
+
+
+def _by_bytes(methods: list[Line]) -> str:
+    """What to take at equal bytes."""
+    text = (
+        "At equal bytes: the lines that no other beats, each nearer to the full cache by KL than all that take as few "
+        "bytes or fewer. Bytes are those of this run's dtype, codes, scales, offsets and prefix included.\n"
+    )
+    head = "| method | keep ratio | KV memory (of full) | KL | score (%) |\n| --- | --- | --- | --- | --- |"
+    body = [
+        f"| {line.method} | {kept_text(line, 3)} | {mib_text(line)} | {kl_text(line)} | {_score(line)} |"
+        for line in nearest_by_bytes(methods)
+    ]
+    return "\n".join([text, head, *body, ""])
 
 
 def _table(title: str, lines: list[Line], show: Any) -> str:

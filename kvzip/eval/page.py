@@ -7,7 +7,7 @@ from typing import Any
 
 from kvzip.eval.plots import curves, kept_map, needle_map, svg
 from kvzip.eval.settings import FULL
-from kvzip.eval.summary import Line, kept_text, percent, ratio_text, summarize
+from kvzip.eval.summary import Line, kept_text, kl_text, mib_text, nearest_by_bytes, percent, ratio_text, summarize
 
 Row = dict[str, Any]
 NUM_EXAMPLES = 4
@@ -84,9 +84,13 @@ def _part(label: str, lines: list[Line]) -> str:
         return f"<h2>{_text(label)}</h2>\n{_table(lines)}\n"
     caption = (
         "Bars are standard errors with the questions of a context taken as dependent; dashed: the full cache. "
-        "The picture in the middle compares at equal bytes."
+        "The pictures on the right compare at equal bytes."
     )
-    return f"<h2>{_text(label)}</h2>\n{_figure(svg(curves(lines)), caption)}{_table(lines)}\n"
+    best = _table(nearest_by_bytes(lines))
+    return (
+        f"<h2>{_text(label)}</h2>\n{_figure(svg(curves(lines)), caption)}{_table(lines)}"
+        f"<h3>Nearest to the full cache for its bytes</h3>{best}\n"
+    )
 
 
 def _figure(picture: str, caption: str) -> str:
@@ -111,10 +115,10 @@ def _shown(line: Line) -> tuple[str, ...]:
         percent(line.score, line.error),
         "" if line.method == FULL else percent(line.change, line.change_error, "+"),
         "-" if line.relative is None else f"{100 * line.relative:.0f}%",
-        "-" if line.kl is None else f"{line.kl:.4f}",
+        kl_text(line),
         "-" if line.same is None else f"{100 * line.same:.0f}%",
         "-" if line.reconstruction is None else f"{100 * line.reconstruction:.1f}%",
-        "-" if line.nbytes is None else f"{line.nbytes / 2**20:.1f} MiB",
+        mib_text(line),
         str(line.num_contexts),
         f"{line.num_questions} of {line.num_asked}",
         str(line.gaps or ""),

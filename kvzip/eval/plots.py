@@ -15,36 +15,55 @@ Row = dict[str, Any]
 COLORS = (
     "#3a8f8a", "#c1694f", "#5b6c9d", "#b08e2f", "#8a5a83", "#6b8e4e", "#4f4f4f", "#a34a6a", "#4d8fb8", "#7a6a55",
 )  # fmt: skip
+MARKERS, DASHES = "os^D", ("-", "--", ":", "-.")  # a new pair for every round through the colors
+LEGEND_COLUMNS = 6
 MAPS_A_ROW = 4
+NOISE = 1e-6  # of a KL
 
 
 def curves(lines: list[Line]) -> Any:
-    """Score against keep ratio and against bytes, with errors, and KL to the full cache, of one task's lines."""
+    """Score and KL to the full cache against keep ratio and against bytes, with errors, of one task's lines."""
     full = next((line for line in lines if line.method == FULL and line.score is not None), None)
-    figure, (by_ratio, by_bytes, loss) = pyplot().subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for number, (method, found) in enumerate(_by_method(lines)):
-        color = COLORS[number % len(COLORS)]
-        errors, scores = _percent(line.error for line in found), _percent(line.score for line in found)
-        ratios, sizes = [line.keep_ratio for line in found], [(line.nbytes or 0) / 2**20 for line in found]
-        style = {"fmt": "o-", "color": color, "markersize": 4, "linewidth": 1.4, "capsize": 2, "elinewidth": 0.8}
-        by_ratio.errorbar(ratios, scores, errors, label=method, **style)
-        by_bytes.errorbar(sizes, scores, errors, **style)
-        lossy = [(r, line.kl) for r, line in zip(ratios, found, strict=True) if line.kl and line.kl > 1e-6]
-        loss.plot([r for r, _ in lossy], [kl for _, kl in lossy], "o-", color=color, markersize=4, linewidth=1.4)
-    for axes in (by_ratio, by_bytes):
+    by_method = _by_method(lines)
+    figure, ((score, score_bytes), (loss, loss_bytes)) = pyplot().subplots(
+        2, 2, figsize=(12, 7.4 + 0.22 * (len(by_method) // LEGEND_COLUMNS)), layout="constrained", sharex="col"
+    )
+    for number, (method, found) in enumerate(by_method):
+        round_, color = divmod(number, len(COLORS))
+        style = {
+            "fmt": f"{MARKERS[round_ % len(MARKERS)]}{DASHES[round_ % len(DASHES)]}", "color": COLORS[color],
+            "markersize": 4, "linewidth": 1.2, "capsize": 2, "elinewidth": 0.8,
+        }  # fmt: skip
+        lossy = [line for line in found if line.kl and line.kl > NOISE]
+        for axes, x, own in ((score, _ratios, found), (score_bytes, _sizes, found)):
+            axes.errorbar(x(own), _percent(o.score for o in own), _percent(o.error for o in own), label=method, **style)
+        for axes, x in ((loss, _ratios), (loss_bytes, _sizes)):
+            axes.errorbar(x(lossy), [o.kl for o in lossy], _below([(o.kl, o.kl_error) for o in lossy]), **style)
+    for axes in (score, score_bytes):
         if full is not None and full.score is not None:
             axes.axhline(100 * full.score, color="#8a9296", linestyle="--", linewidth=1)
         axes.set_ylim(-3, 103)
-        axes.set_ylabel("score")
+    for axes in (loss, loss_bytes):
+        axes.set_yscale("log")
+    score_bytes.set_xscale("log", base=2)
+    score.set_ylabel("score")
     loss.set_ylabel("KL to the full cache, nats a token")
-    if loss.lines:
-        loss.set_yscale("log")
-    for axes, name in ((by_ratio, "keep ratio"), (by_bytes, "KV memory, MiB"), (loss, "keep ratio")):
-        axes.set_xlabel(name)
+    loss.set_xlabel("keep ratio")
+    loss_bytes.set_xlabel("KV memory, MiB")
+    loss_bytes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = by_ratio.get_legend_handles_labels()
+        axes.grid(color="#e6eaec", linewidth=0.6)
+    handles, labels = score.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False, fontsize=9)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(len(labels), LEGEND_COLUMNS),
+            frameon=False,
+            fontsize=9,
+        )
     return figure
 
 
@@ -73,8 +92,11 @@ def needle_map(rows: list[Row]) -> Any | None:
 
 
 def kept_map(rows: list[Row]) -> Any | None:
-    """Share of pairs kept in each layer and head, one panel a method, at the keep ratio nearest to 0.3 or its own."""
-    found = [row for row in rows if row["kind"] == "row" and row["method"] != FULL and row["keep_ratio_asked"] != 1]
+    """Share of pairs kept in each layer and head, one panel a method, at the keep ratio nearest to 0.3 or its own.
+
+    Methods that evict nothing have no panel.
+    """
+    found = [row for row in rows if row["kind"] == "row" and row["method"] != FULL and row["keep_ratio"] < 1]
     if not found:
         return None
     ratios = [row["keep_ratio_asked"] for row in found if row["keep_ratio_asked"] is not None]
@@ -154,17 +176,30 @@ def _maps(
     )
     image = None
     for axis, (title, grid) in zip(axes.flat, grids.items(), strict=False):
-        image = axis.pcolormesh(grid, vmin=0, vmax=1, cmap=colors)
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap=colors, aspect="auto", interpolation="nearest")
         axis.set_title(title, fontsize=9)
-        axis.set_xticks([i + 0.5 for i in range(len(labels[0]))], labels[0], fontsize=8)
-        axis.set_yticks([i + 0.5 for i in range(len(labels[1]))], labels[1], fontsize=8)
-        axis.set_ylim(len(grid), 0)
+        axis.set_xticks(range(len(labels[0])), labels[0], fontsize=8)
+        axis.set_yticks(range(len(labels[1])), labels[1], fontsize=8)
     for axis in list(axes.flat)[len(grids) :]:
         axis.set_visible(False)
     figure.supxlabel(names[0], fontsize=9)
     figure.supylabel(names[1], fontsize=9)
     figure.colorbar(image, ax=axes, label=meaning, fraction=0.03)
     return figure
+
+
+def _ratios(lines: list[Line]) -> list[float | None]:
+    return [line.keep_ratio for line in lines]
+
+
+def _sizes(lines: list[Line]) -> list[float]:
+    return [(line.nbytes or 0) / 2**20 for line in lines]
+
+
+def _below(found: list[tuple[float | None, float | None]]) -> list[list[float]]:
+    """Errors below and above positive means, as a logarithmic axis can show them."""
+    means = [(mean or 0.0, error or 0.0) for mean, error in found]
+    return [[min(error, 0.9 * mean) for mean, error in means], [error for _, error in means]]
 
 
 def _percent(values: Iterable[float | None]) -> list[float]:

@@ -20,11 +20,11 @@ class Line:
 
     keep_ratio_asked: None where the method decides how much to keep.  score, error: mean and its standard error,
     contexts as clusters.  change, change_error: score minus that of the full cache on the same questions.  relative:
-    score over the full cache's, None where that is 0.  kl, kl_error: mean KL(full || compressed) a token in nats, and its
-    standard error.  same: share of unchanged answers.  reconstruction: share of the text that is still repeated, or None.  num_contexts,
-    num_questions: measured.  num_asked: questions with those of gaps.  gaps: samples without a result.  nbytes:
-    mean of what the contexts take in memory, of fetched ones at a step.  full_nbytes: the same of the full caches.  seconds: answering and comparing, a question.  All numbers of a line without a
-    result are None.
+    score over the full cache's, None where that is 0.  kl, kl_error: mean KL(full || compressed) a token in nats, and
+    its standard error.  same: share of unchanged answers.  reconstruction: share of the text that is still repeated, or
+    None.  num_contexts, num_questions: measured.  num_asked: questions with those of gaps.  gaps: samples without a
+    result.  nbytes: mean of what the contexts take in memory, of fetched ones at a step.  full_nbytes: the same of the
+    full caches.  seconds: answering and comparing, a question.  All numbers of a line without a result are None.
     """
 
     task: str
@@ -125,6 +125,16 @@ def _line(key: Key, group: _Group) -> Line:
     )
 
 
+def nearest_by_bytes(lines: list[Line]) -> list[Line]:
+    """The lines of one task that no other beats: none with as few bytes has a KL as low. The fewest bytes first."""
+    measured = [line for line in lines if line.kl is not None and line.method != FULL]
+    best: list[Line] = []
+    for line in sorted(measured, key=lambda line: (line.nbytes or 0.0, line.kl or 0.0)):
+        if not best or (line.kl or 0.0) < (best[-1].kl or 0.0):
+            best.append(line)
+    return best
+
+
 def ratio_text(keep_ratio: float | None) -> str:
     """A keep ratio as it was asked for, "0.3"; "own" where the method decides."""
     return "own" if keep_ratio is None else f"{keep_ratio:g}"
@@ -139,6 +149,18 @@ def kept_text(line: Line, digits: int) -> str:
 def percent(value: float | None, error: float | None, sign: str = "") -> str:
     """A mean and its error in percent, "83.3 ± 4.2"; "-" where there is none.  sign: "+" shows that of a difference."""
     return "-" if value is None or error is None else f"{100 * value:{sign}.1f} ± {100 * error:.1f}"
+
+
+def mib_text(line: Line) -> str:
+    """What its contexts take in memory, and that as a share of the full cache."""
+    if line.nbytes is None or not line.full_nbytes:
+        return "-"
+    return f"{line.nbytes / 2**20:.1f} MiB ({100 * line.nbytes / line.full_nbytes:.0f}%)"
+
+
+def kl_text(line: Line) -> str:
+    """KL and its standard error, "0.0123 ± 0.0045"."""
+    return "-" if line.kl is None or line.kl_error is None else f"{line.kl:.4f} ± {line.kl_error:.4f}"
 
 
 def _mean(values: list[float]) -> float:
