@@ -1,0 +1,118 @@
+"""Refitted pairs: least squares against direct solutions, and what they must do in cases that can be worked out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvzip.ops.refit import MAX_BIAS, Fit, Judge, Moments, fit_values, fit_weights, refit
+
+
+def case(seed: int, num_queries: int = 60, num_pairs: int = 12, sharpness: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Attention [R, S] of random queries, a tenth of it on a sink outside of the block, and values [S, D]."""
+    gen = torch.Generator().manual_seed(seed)
+    logits = sharpness * torch.randn(num_queries, num_pairs + 1, generator=gen)
+    return torch.softmax(logits, dim=1)[:, :-1], torch.randn(num_pairs, 5, generator=gen)
+
+
+def direct(columns: Tensor, target: Tensor, start: Tensor, pull: float) -> Tensor:
+    """argmin |columns x - target|^2 + pull |x - start|^2, as one least-squares problem in float64."""
+    eye = math.sqrt(pull) * torch.eye(columns.shape[1], dtype=torch.float64)
+    rows = torch.cat([columns.double(), eye])
+    wanted = torch.cat([target.double(), math.sqrt(pull) * start.double()])
+    return torch.linalg.lstsq(rows, wanted).solution.float()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 0.1, 1.0]), st.integers(1, 11))
+def test_fits_are_the_direct_solutions(seed: int, ridge: float, num_kept: int) -> None:
+    attention, values = case(seed)
+    kept, own = attention[:, :num_kept], values[:num_kept]
+    moments = Moments.of(kept, attention.sum(1), attention @ values)
+    pull = ridge * float(moments.gram.diagonal().mean())
+    expected = direct(kept, attention.sum(1, keepdim=True), torch.ones(num_kept, 1), pull).squeeze(1)
+    weights = fit_weights(moments, ridge)
+    if expected.min() > math.exp(-MAX_BIAS) and expected.max() < math.exp(MAX_BIAS):
+        torch.testing.assert_close(weights, expected, atol=2e-3, rtol=2e-3)
+    else:
+        assert weights.min() >= math.exp(-MAX_BIAS) * 0.999 and weights.max() <= math.exp(MAX_BIAS) * 1.001
+        loss = lambda w: float((kept @ w - attention.sum(1)).square().sum() + pull * (w - 1).square().sum())  # noqa: E731
+        clamped = expected.clamp(math.exp(-MAX_BIAS), math.exp(MAX_BIAS))
+        assert loss(weights) <= loss(clamped) * 1.001, "the gradient steps must not lose what clamping had"
+    weighted = kept * weights
+    pull = ridge * float((weighted.square().sum(0)).mean())
+    torch.testing.assert_close(
+        fit_values(moments, weights, own, ridge),
+        direct(weighted, attention @ values, own, pull),
+        atol=5e-3, rtol=5e-3,
+    )  # fmt: skip
+
+
+def test_moments_of_parts_add_up() -> None:
+    attention, values = case(1)
+    kept, mass, outputs = attention[:, :4], attention.sum(1), attention @ values
+    whole = Moments.of(kept, mass, outputs)
+    halves = Moments.of(kept[:20], mass[:20], outputs[:20]) + Moments.of(kept[20:], mass[20:], outputs[20:])
+    for name in ("gram", "mass", "outputs"):
+        torch.testing.assert_close(getattr(whole, name), getattr(halves, name))
+
+
+def test_one_of_several_equal_keys_stands_for_all_of_them() -> None:
+    """c pairs with one key: the one that stays gets weight c, and the mean of their values."""
+    gen = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(6, 8, generator=gen), torch.randn(6, 5, generator=gen)
+    keys[2:] = keys[2]
+    queries = torch.randn(400, 8, generator=gen)
+    attention = torch.softmax(queries @ keys.T, dim=1)
+    keep_mask = torch.tensor([True, True, True, False, False, False])
+    moments = Moments.of(attention[:, keep_mask], attention.sum(1), attention @ values)
+    weights = fit_weights(moments, 1e-5)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 4.0]), atol=1e-2, rtol=1e-2)
+    fitted = fit_values(moments, weights, values[keep_mask], 1e-5)
+    torch.testing.assert_close(fitted[2], values[2:].mean(0), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(fitted[:2], values[:2], atol=1e-2, rtol=1e-2)
+
+
+def test_where_nothing_is_gone_there_is_nothing_to_fit() -> None:
+    attention, values = case(2)
+    held_out = torch.arange(60) % 4 == 3
+    assert refit(attention, values, torch.ones(12, dtype=torch.bool), torch.zeros(60, 5), held_out) is None
+
+
+def test_held_out_queries_judge() -> None:
+    """Queries that have a pattern are helped; where the held-out ones are of another kind, nothing is changed."""
+    attention, values = case(3, num_queries=400)
+    keep_mask = torch.arange(12) < 5
+    held_out = torch.arange(400) % 4 == 3
+    rest = torch.zeros(400, 5)
+    found = refit(attention, values, keep_mask, rest, held_out)
+    assert found is not None
+    judge = Judge(attention[:, keep_mask], attention.sum(1), attention @ values, rest)
+    plain = Fit(torch.ones(5), values[keep_mask])
+    assert judge.loss(found) < 0.9 * judge.loss(plain)
+    other = attention.clone()
+    other[held_out] = 0
+    other[held_out, 0] = 1.0  # they see one pair that stays, and need nothing else
+    assert refit(other, values, keep_mask, rest, held_out) is None
+
+
+def test_the_loss_is_of_what_attention_puts_out() -> None:
+    attention, values = case(4, num_queries=3, num_pairs=4)
+    keep_mask = torch.tensor([True, False, True, False])
+    weights, fitted = torch.tensor([1.5, 0.7]), torch.ones(2, 5)
+    sink = torch.randn(5)
+    rest = (1 - attention.sum(1, keepdim=True)) * sink
+    judge = Judge(attention[:, keep_mask], attention.sum(1), attention @ values, rest)
+    total = 0.0
+    for row in attention:
+        mass_outside = 1 - float(row.sum())
+        before = mass_outside * sink + sum(float(row[i]) * values[i] for i in range(4))
+        masses = [1.5 * float(row[0]), 0.7 * float(row[2])]
+        after = (mass_outside * sink + sum(masses) * torch.ones(5)) / (mass_outside + sum(masses))
+        total += float((after - before).square().sum())
+    assert judge.loss(Fit(weights, fitted)) == pytest.approx(total / 3, rel=1e-4)
