@@ -49,7 +49,7 @@ LIBRARIES = {
     "huggingface_hub": ["kvzip.models", "kvzip.eval.tasks.hub"],
     "gguf": ["kvzip.models"],
     "filelock": ["kvzip.models"],
-    "safetensors": ["kvzip.store", "kvzip.models"],
+    "safetensors": ["kvzip.store.files", "kvzip.models"],
     "numpy": ["kvzip.models"],
     "rich": ["kvzip.cli", "kvzip.inspect"],
     "typer": ["kvzip.cli"],

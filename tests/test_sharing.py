@@ -461,8 +461,8 @@ json_values = st.recursive(
 @given(content=json_values)
 def test_any_map_is_refused_or_is_one_that_can_be(content: Any) -> None:
     try:
-        shared = store._shared_in(content, 5)
-    except store._Refused:
+        shared = store.layout._shared_in(content, 5)
+    except store.refusal.Refused:
         return
     assert all(0 <= source < layer < 5 and source not in shared for layer, source in shared.items())
     assert {str(layer): source for layer, source in shared.items()} == content

@@ -87,7 +87,7 @@ def same(a: Stored, b: Stored) -> bool:
     if [(layer.window, layer.dtype) for layer in a[0].layers] != [(x.window, x.dtype) for x in b[0].layers]:
         return False
     layouts = [
-        [store._layout_of(pairs) for layer in c.layers for level in layer.levels for pairs in both(level)]
+        [store.tensors._layout_of(pairs) for layer in c.layers for level in layer.levels for pairs in both(level)]
         for c, _ in (a, b)
     ]
     if layouts[0] != layouts[1]:
@@ -730,16 +730,16 @@ def test_mutated_metadata_with_a_right_sha256(either: tuple[Path, Stored]) -> No
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("place", ["os.fsync", "os.replace", "kvzip.store._bytes_of"])
+@pytest.mark.parametrize("place", ["os.fsync", "os.replace", "kvzip.store.files.bytes_of"])
 def test_a_failure_leaves_the_old_file(
     stored: tuple[Path, Stored], monkeypatch: pytest.MonkeyPatch, place: str, failure: Any
 ) -> None:
     path, original = stored
     before, calls = path.read_bytes(), iter(range(1000))
-    real = store._bytes_of
+    real = store.files.bytes_of
 
     def fail(*args: Any) -> Any:
-        if place.endswith("_bytes_of") and next(calls) < 25:  # the first calls hash, the later ones write
+        if place.endswith("bytes_of") and next(calls) < 25:  # the first calls hash, the later ones write
             return real(*args)
         raise failure
 
@@ -772,8 +772,8 @@ def test_folders_that_take_no_file(tmp_path: Path) -> None:
 
 def child(code: str, *args: object) -> subprocess.Popen[str]:
     """A Python process that runs `code` with `args` as sys.argv[1:]."""
-    preamble = "import os, sys, time\nfrom kvzip import store\nfrom random_context import *\n"
-    folders = [str(Path(__file__).parent), str(Path(store.__file__).parents[1])]
+    preamble = "import os, sys, time\nfrom kvzip import store\nfrom kvzip.errors import FileError\nfrom random_context import *\n"
+    folders = [str(Path(__file__).parent), str(Path(store.__file__).parents[2])]
     return subprocess.Popen(
         [sys.executable, "-c", preamble + code, *map(str, args)],
         stdin=subprocess.PIPE,
@@ -790,10 +790,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write beyond the limit gives EFBIG
 try:
     store.write(sys.argv[1], context)
-except store.FileError as error:
+except FileError as error:
     print(error, flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-real, calls = store._bytes_of, 0
+real, calls = store.files.bytes_of, 0
 def slow(tensor):
     global calls
     calls += 1
@@ -801,7 +801,7 @@ def slow(tensor):
         print("writing", flush=True)
         time.sleep(60)
     return real(tensor)
-store._bytes_of = slow
+store.files.bytes_of = slow
 store.write(sys.argv[1], context, tail)
 """
 
