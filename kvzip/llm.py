@@ -17,16 +17,8 @@ from kvzip import store
 from kvzip._version import __version__
 from kvzip.backends import get_backend
 from kvzip.budget import resolve_pairs
-from kvzip.compress import (
-    CHUNK_LEN,
-    Engine,
-    FullContext,
-    RepeatPrompts,
-    Selection,
-    fit_chunk_len,
-    pack_context,
-    select,
-)
+from kvzip.chunks import CHUNK_LEN, RepeatPrompts, fit_chunk_len
+from kvzip.compress import Engine, FullContext, Selection, pack_context, select
 from kvzip.context import ContextInfo, RaggedContext, SavedTail
 from kvzip.errors import InputError
 from kvzip.fetch import get_fetch

@@ -21,6 +21,7 @@ FLOORS = [
     ["kvzip.errors", "kvzip.files", "kvzip._version", "kvzip.progress", "kvzip.memory", "kvzip.parts", "kvzip.ops"],
     [
         "kvzip.budget",
+        "kvzip.chunks",
         "kvzip.methods",
         "kvzip.context",
         "kvzip.scorers",

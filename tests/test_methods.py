@@ -18,7 +18,8 @@ from tiny import tiny_model, tiny_tokenizer
 import kvzip
 from kvzip.backends import get_backend
 from kvzip.budget import BUDGET_KINDS
-from kvzip.compress import Engine, FullContext, RepeatPrompts, chunk_slices
+from kvzip.chunks import RepeatPrompts, chunk_slices
+from kvzip.compress import Engine, FullContext
 from kvzip.errors import BudgetError, InputError, KVZipError, ModelError, UnknownNameError
 from kvzip.hf.geometry import probe
 from kvzip.methods import ALIASES, all_options, parse_method, split_methods

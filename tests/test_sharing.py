@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import kvzip
 from kvzip import store
 from kvzip.backends import get_backend
-from kvzip.compress import Engine, FullContext, RepeatPrompts
+from kvzip.chunks import RepeatPrompts
+from kvzip.compress import Engine, FullContext
 from kvzip.context import RaggedContext
 from kvzip.errors import FormatError, InputError, ModelError
 from kvzip.hf.cache import SessionCache
