@@ -15,7 +15,8 @@ from kvpress import ROOT, environment  # bench/kvpress.py
 from torch import Tensor
 
 import kvzip
-from kvzip.compress import FullContext, chunk_slices
+from kvzip.chunks import chunk_slices
+from kvzip.compress import FullContext
 from kvzip.models.cache import model_folder
 
 SIDE = ROOT / "bench" / "side"

@@ -22,7 +22,8 @@ from torch import Tensor
 
 import kvzip
 from kvzip.bench.measure import report, write_result
-from kvzip.compress import CHUNK_LEN, Selection, chunk_slices, pack_context
+from kvzip.chunks import CHUNK_LEN, chunk_slices
+from kvzip.compress import Selection, pack_context
 from kvzip.eval.metrics import f1, included, mean_and_error
 from kvzip.eval.tasks.base import Question, Sample, TaskSettings, choose
 from kvzip.eval.tasks.squad import Squad

@@ -30,18 +30,20 @@ from kvzip.errors import (
 )
 
 if TYPE_CHECKING:
+    from kvzip.compressed import CompressedContext
     from kvzip.generation import Answer
-    from kvzip.llm import LLM, CompressedContext, Prefilled
+    from kvzip.llm import LLM
     from kvzip.loading import load, wrap
     from kvzip.options import CompressOptions
+    from kvzip.prefilled import Prefilled
     from kvzip.session import Session
 
 _LAZY = {
     "Answer": "kvzip.generation",
     "CompressOptions": "kvzip.options",
-    "CompressedContext": "kvzip.llm",
+    "CompressedContext": "kvzip.compressed",
     "LLM": "kvzip.llm",
-    "Prefilled": "kvzip.llm",
+    "Prefilled": "kvzip.prefilled",
     "Session": "kvzip.session",
     "load": "kvzip.loading",
     "wrap": "kvzip.loading",

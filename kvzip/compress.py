@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from kvzip.backends import Backend
 from kvzip.budget import Amounts
+from kvzip.chunks import CHUNK_LEN, RepeatPrompts, chunk_slices
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
-from kvzip.errors import ContextLengthError
 from kvzip.fetch.base import BaseFetch
 from kvzip.hf.geometry import Geometry
 from kvzip.hf.prefill import PrefillCache, Replay, Watch, read_watched, replay
@@ -35,32 +35,7 @@ from kvzip.scorers import get_scorer
 from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Observer, Profile, Reading, Shape
 from kvzip.transforms.base import BaseTransform
 
-CHUNK_LEN = 2000  # tokens repeated at a time, as in the paper
-BRIDGE_LEN = 8  # tokens of the chunk before that a later repeat prompt quotes
-MIN_REPLAY_LEN = 256  # tokens of a chunk, where positions are scarce
 PREFILL_BLOCK = 1024  # tokens of one forward pass while reading
-
-
-@dataclass(frozen=True)
-class RepeatPrompts:
-    """Token ids of the prompts that make the model repeat its context.
-
-    first: before the first chunk.  later: before each further chunk, followed by the quoted bridge.  after: closes the
-    user's turn and opens the model's.
-    """
-
-    first: Tensor
-    later: Tensor
-    after: Tensor
-
-    def before(self, context_ids: Tensor, start: int) -> Tensor:
-        """What asks for the chunk of `context_ids` [S] that begins at `start`."""
-        bridge = context_ids[max(0, start - BRIDGE_LEN) : start]
-        return torch.cat([self.later, bridge, self.after] if start else [self.first, self.after])
-
-    @property
-    def max_len(self) -> int:
-        return max(self.first.numel(), self.later.numel() + BRIDGE_LEN) + self.after.numel()
 
 
 @dataclass(frozen=True)
@@ -83,18 +58,6 @@ class Selection:
     mask: Tensor
     ranks: Tensor | None
     scores: Tensor | None = None
-
-
-def chunk_slices(context_len: int, chunk_len: int, *, merge_short: bool = True) -> list[slice]:
-    """Consecutive chunks of `chunk_len` tokens.
-
-    A last chunk shorter than half of that joins its neighbour: alone, its softmax would run over fewer keys and its
-    scores would be too high. `merge_short=False` leaves it alone, as the official code does.
-    """
-    starts = list(range(0, context_len, chunk_len))
-    if merge_short and len(starts) > 1 and context_len - starts[-1] < (chunk_len + 1) // 2:
-        starts.pop()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], context_len], strict=True)]
 
 
 class FullContext:
@@ -374,28 +337,6 @@ def select(
     mask = method.budget_kind(scores, num_pairs, dict(method.budget.options), profile)
     ranks = pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None
     return Selection(mask, ranks, scores)
-
-
-def fit_chunk_len(
-    prefix_len: int, context_len: int, prompts: RepeatPrompts, chunk_len: int, max_positions: int | None
-) -> int:
-    """`chunk_len`, or less where the positions of the model leave less room to replay. Raises ContextLengthError."""
-    if context_len < 1:
-        raise ContextLengthError("the context is empty: give at least one token of text")
-    if max_positions is None:
-        return chunk_len
-    room = max_positions - prefix_len - context_len - prompts.max_len
-    longest = max(s.stop - s.start for s in chunk_slices(context_len, chunk_len))
-    if longest <= room:
-        return chunk_len
-    least = min(context_len, MIN_REPLAY_LEN)
-    if room < least:
-        raise ContextLengthError(
-            f"the context has {context_len} tokens, but the {max_positions} positions of this model leave room for "
-            f"{max(0, max_positions - prefix_len - prompts.max_len - MIN_REPLAY_LEN)}: "
-            f"shorten the text by {least - room} tokens, or take another model"
-        )
-    return room * 2 // 3  # the last chunk may be half as long again
 
 
 def pack_context(

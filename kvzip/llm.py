@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +11,31 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import store
-from kvzip._version import __version__
 from kvzip.backends import get_backend
-from kvzip.budget import resolve_pairs
-from kvzip.compress import (
-    CHUNK_LEN,
-    Engine,
-    FullContext,
-    RepeatPrompts,
-    Selection,
-    fit_chunk_len,
-    pack_context,
-    select,
-)
-from kvzip.context import ContextInfo, RaggedContext, SavedTail
+from kvzip.chunks import CHUNK_LEN, RepeatPrompts, fit_chunk_len
+from kvzip.compress import Engine, FullContext
+from kvzip.compressed import CompressedContext
+from kvzip.context import RaggedContext, SavedTail
 from kvzip.errors import InputError
-from kvzip.fetch import get_fetch
-from kvzip.generation import (
-    DEFAULT_MAX_NEW_TOKENS,
-    Answer,
-    Clock,
-    Generator,
-    check_options,
-    check_positions,
-    check_question,
-    check_text,
-)
-from kvzip.hf.cache import SessionCache
+from kvzip.generation import Generator, check_text
 from kvzip.hf.fingerprint import fingerprint
 from kvzip.hf.geometry import Geometry, probe
 from kvzip.hf.template import Template, make_template
-from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
+from kvzip.memory import reset_peak_rss
 from kvzip.methods import Method, parse_method
-from kvzip.models.cache import cache_dir
 from kvzip.options import CompressOptions
 from kvzip.parts import Part
+from kvzip.prefilled import Prefilled, Texts
 from kvzip.profilers import SHARING, get_profiler
 from kvzip.profiles import kind_needed, load_profile, save_profile
 from kvzip.progress import Progress, silent
-from kvzip.scorers import scorer_class
 from kvzip.scorers.base import Profile
 from kvzip.session import Session
 from kvzip.sharing import find_shared_layers, load_shared_layers, passages, save_shared_layers
-from kvzip.transforms import get_transform
 
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
-
-Texts = tuple[str | None, str | None, str | None]  # system prompt, instruction, name of the source
-NO_TEXTS: Texts = (None, None, None)
 
 
 class LLM:
@@ -142,8 +114,9 @@ class LLM:
         selects, texts = chosen.keep_ratio != 1, (system, instruction, source)
         for need in method.needs if selects else ():
             self.profile_for(frozenset({need}))  # refuse before any work
-        full = self._prefill(text, texts, progress, method.scorer if selects else None, self.geometry_of(method))
-        return full.compress(chosen, progress=progress, release=True, started=started)
+        geometry = self.geometry_of(method)
+        full = self._prefill(text, texts, progress, method.scorer if selects else None, geometry)
+        return full.compress(chosen, progress=progress, release=True, started=started, geometry=geometry)
 
     def prefill(
         self,
@@ -205,8 +178,10 @@ class LLM:
         profiler = get_profiler(kind)
         check_text(text)
         prefix_ids, ids = torch.tensor(self.prefix_ids(), dtype=torch.int64), profiler.passage(self.tokenize(text))
-        read, local = Prefilled(self, prefix_ids, ids, NO_TEXTS, progress), CompressOptions().replays_locally(len(ids))
-        profile = read._full.profile(profiler, read._chunk_len(CHUNK_LEN), local=local, progress=progress)
+        full, local = FullContext(self.engine(), prefix_ids, ids), CompressOptions().replays_locally(len(ids))
+        chunk_len = fit_chunk_len(len(prefix_ids), len(ids), full.engine.prompts, CHUNK_LEN, self.max_positions)
+        full.prefill(progress=progress)
+        profile = full.profile(profiler, chunk_len, local=local, progress=progress)
         return save_profile(kind, self.fingerprint, profile, source)
 
     def profile_for(self, needs: frozenset[str], geometry: Geometry | None = None) -> Profile | None:
@@ -242,208 +217,3 @@ class LLM:
             for text in (REPEAT_FIRST, REPEAT_LATER, self.template.after)
         )
         return Engine(self.model, geometry or self.geometry, self.backend, RepeatPrompts(first, later, after))
-
-
-class Prefilled:
-    """A text that was read: its full cache, ready to be compressed in several ways. Made by `LLM.prefill`."""
-
-    def __init__(
-        self,
-        llm: LLM,
-        prefix_ids: Tensor,
-        context_ids: Tensor,
-        texts: Texts,
-        progress: Progress,
-        scorer: Part | None = None,
-        geometry: Geometry | None = None,
-    ) -> None:
-        self.llm, self.texts, self.geometry = llm, texts, geometry or llm.geometry
-        self._full = FullContext(llm.engine(self.geometry), prefix_ids, context_ids)
-        self._chunk_len(CHUNK_LEN)  # refuse before reading
-        self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer))
-        self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
-        self._shared: dict[tuple[tuple[int, int], ...], Prefilled] = {}
-
-    def compress(
-        self,
-        options: CompressOptions | float,
-        *,
-        progress: Progress = silent,
-        release: bool = False,
-        started: float | None = None,
-    ) -> CompressedContext:
-        """A compressed context.
-
-        options: CompressOptions, or a keep ratio.  release: give the full cache back; nothing more can be made of it.
-        started: when the work began (`time.perf_counter`), for `total_s`; prefill and scoring time where not given.
-        """
-        if not isinstance(options, CompressOptions):
-            options = CompressOptions(keep_ratio=options)
-        method = parse_method(options.method)
-        other = self._read_as(self.llm.geometry_of(method), progress)
-        if other is not self:
-            return other.compress(options, progress=progress, release=release, started=started)
-        transforms = [get_transform(part) for part in method.transforms]
-        fetch = None if method.fetch is None else get_fetch(method.fetch)
-        amounts = self._full.amounts(transforms)
-        num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
-        selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
-        info = self._info(options, method, selection.mask, score_s)
-        data = pack_context(self._full, selection, info, transforms=transforms, fetch=fetch, release=release)
-        if data.is_fetched:
-            data = store.mapped(data, cache_dir() / "mapped")
-        if release:
-            release_freed()  # without it the C library may keep what the full cache took
-        total_s = info.prefill_s + score_s if started is None else time.perf_counter() - started
-        info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes())
-        return CompressedContext(self.llm, replace(data, info=info))
-
-    def scores(
-        self,
-        method: Method,
-        chunk_len: int = CHUNK_LEN,
-        *,
-        faithful: bool = False,
-        replay_scope: str = "auto",
-        progress: Progress = silent,
-    ) -> Tensor:
-        """Scores [Lf, Hkv, S] float32 of the method's scorer; computed once.  Arguments: see `CompressOptions`."""
-        options = CompressOptions(chunk_len=chunk_len, faithful=faithful, replay_scope=replay_scope)
-        return self._read_as(self.llm.geometry_of(method), progress)._scored(method, options, progress)[0]
-
-    def _read_as(self, geometry: Geometry, progress: Progress) -> Prefilled:
-        """The same text, read with these layers shared; once for each map."""
-        if geometry.shared == self.geometry.shared:
-            return self
-        key = tuple(sorted(geometry.shared.items()))
-        if key not in self._shared:
-            full = self._full
-            self._shared[key] = Prefilled(
-                self.llm, full.prefix_ids, full.context_ids, self.texts, progress, geometry=geometry
-            )
-        return self._shared[key]
-
-    def _select(
-        self, options: CompressOptions, method: Method, num_pairs: int | None, total: int, progress: Progress
-    ) -> tuple[Selection, float]:
-        if num_pairs == total and not method.needs_scores:  # nothing to choose
-            shape = (*self.geometry.full_shape, self._full.context_ids.numel())
-            return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
-        assert method.budget_kind is not None
-        profile = self.llm.profile_for(method.budget_kind.needs, self.geometry)
-        scores, score_s = self._scored(method, options, progress)
-        return select(scores, method, num_pairs, profile=profile, faithful=options.faithful), score_s
-
-    def _scored(self, method: Method, options: CompressOptions, progress: Progress) -> tuple[Tensor, float]:
-        assert method.scorer is not None
-        key = (str(method.scorer), options.chunk_len, options.faithful, self._is_local(options))
-        if key not in self._scores:
-            started, watch_s = time.perf_counter(), self._full.watched_s(str(method.scorer))
-            scores = self._score(method, options, progress)
-            self._scores[key] = scores, time.perf_counter() - started + watch_s
-        return self._scores[key]
-
-    def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
-        assert method.scorer is not None
-        return self._full.score(
-            f"{method.scorer.name}-faithful" if options.faithful else str(method.scorer),
-            self._chunk_len(options.chunk_len),
-            faithful=options.faithful,
-            local=self._is_local(options),
-            profile=self.llm.profile_for(scorer_class(method.scorer.name).needs, self.geometry),
-            progress=progress,
-        )
-
-    def _is_local(self, options: CompressOptions) -> bool:
-        return options.replays_locally(self._full.context_ids.numel())
-
-    def _chunk_len(self, chunk_len: int) -> int:
-        full = self._full
-        lengths = full.prefix_ids.numel(), full.context_ids.numel()
-        return fit_chunk_len(*lengths, full.engine.prompts, chunk_len, self.llm.max_positions)
-
-    def _variant(self, options: CompressOptions, method: Method) -> str:
-        """What else decided the scores, as it stands behind the name of the method."""
-        local = "replay_queries" in method.needs and self._is_local(options)
-        return ("+faithful" if options.faithful else "") + ("+local-replay" if local else "")
-
-    def _info(self, options: CompressOptions, method: Method, mask: Tensor, score_s: float) -> ContextInfo:
-        system, instruction, source = self.texts
-        return ContextInfo(
-            model=self.llm.name,
-            fingerprint=self.llm.fingerprint,
-            method=method.composition + self._variant(options, method),
-            dtype=self.llm.dtype_name,
-            keep_ratio_asked=options.keep_ratio,
-            budget_asked=None if options.budget is None else str(options.budget),
-            keep_ratio=mask.sum().item() / mask.numel(),
-            full_kv_nbytes=self.llm.geometry.kv_nbytes(self._full.length, self.llm.model.dtype),
-            prefill_s=self._full.prefill_s,
-            score_s=score_s,
-            system=system,
-            instruction=instruction,
-            source=source,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            kvzip_version=__version__,
-        )
-
-
-class CompressedContext:
-    """A compressed text that answers questions. Made by `LLM.compress` or `LLM.open`; never changes.
-
-    data: the kept pairs and what is known of them.  Threads may share it.
-    """
-
-    def __init__(self, llm: LLM, data: RaggedContext) -> None:
-        self.llm, self.data = llm, data
-
-    def __repr__(self) -> str:
-        return (
-            f"CompressedContext({self.data.context_len} tokens, keep_ratio={self.data.info.keep_ratio:.3f}, "
-            f"kv_nbytes={self.data.kv_nbytes})"
-        )
-
-    def ask(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **options: Any) -> Answer:
-        """Answer one question and forget it. Arguments and errors as in `Session.ask`."""
-        return self.session().ask(question, max_new_tokens=max_new_tokens, **options)
-
-    def stream(self, question: str, *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **options: Any) -> Iterator[str]:
-        """Answer one question piece by piece, and forget it. As `Session.stream`."""
-        return self.session().stream(question, max_new_tokens=max_new_tokens, **options)
-
-    def ask_many(
-        self, questions: Sequence[str], *, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, **options: Any
-    ) -> list[Answer]:
-        """Answer several questions at once, as one batch over this context. Errors as in `Session.ask`."""
-        for question in questions:
-            check_question(question)
-        check_options(max_new_tokens, options)
-        if not questions:
-            return []
-        rows = [self.llm.question_ids(question) for question in questions]
-        check_positions(self.data.logical_len, max(map(len, rows)), max_new_tokens, self.llm.max_positions)
-        clock = Clock()
-        cache = self.cache()
-        new = self.llm.generator.run_batch(cache, rows, max_new_tokens, clock, options)
-        return [Answer.of(self.llm.generator.text(row), row, clock, cache.fetch_stats) for row in new]
-
-    def session(self) -> Session:
-        """A conversation that remembers its turns."""
-        return Session(self)
-
-    def cache(self) -> SessionCache:
-        """A transformers Cache over this context: `model.generate(question_ids, past_key_values=ctx.cache())`."""
-        return SessionCache(self.data, self.llm.backend)
-
-    def save(self, path: str | Path) -> int:
-        """Write a .kvz file, whole or not at all, and return its bytes. Raises FileError."""
-        return store.write(path, self.data)
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """What was compressed and what it took; sizes in bytes, times in seconds."""
-        data = self.data
-        sizes = {"context_len": data.context_len, "prefix_len": data.prefix_len, "kv_nbytes": data.kv_nbytes}
-        if data.is_fetched:
-            sizes["resident_kv_nbytes"] = data.resident_kv_nbytes
-        return sizes | data.info.to_dict() | {"pairs_per_head": data.pairs_per_head}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvzip.budget import check_keep_ratio
-from kvzip.compress import CHUNK_LEN
+from kvzip.chunks import CHUNK_LEN
 from kvzip.errors import BudgetError, InputError, UnknownNameError
 from kvzip.methods import parse_method
 

@@ -25,7 +25,7 @@ from kvzip.generation import (
 )
 
 if TYPE_CHECKING:
-    from kvzip.llm import CompressedContext
+    from kvzip.compressed import CompressedContext
 
 
 class Session:

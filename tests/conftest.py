@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait
 
 import kvzip
 
+pytest_plugins = ["command_line", "stored"]  # the modules beside this one that have fixtures
+
 REAL_MODELS = ("qwen2.5-coder-0.5b", "gemma3-270m", "smollm2-135m")  # the slowest first
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

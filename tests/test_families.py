@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from kvzip.backends import get_backend
-from kvzip.compress import Engine, FullContext, RepeatPrompts
+from kvzip.chunks import RepeatPrompts
+from kvzip.compress import Engine, FullContext
 from kvzip.context import RaggedContext
 from kvzip.errors import ModelError
 from kvzip.hf.cache import SessionCache
@@ -138,7 +139,7 @@ def test_scores_equal_the_direct_computation(case: SimpleNamespace, faithful: bo
     ours = full.score(name, 40, faithful=faithful, local=local)
     geometry = case.engine.geometry
     layer = geometry.layers[geometry.full_layers[0]]
-    from kvzip.compress import chunk_slices
+    from kvzip.chunks import chunk_slices
 
     chunks = chunk_slices(150, 40, merge_short=not faithful)
     assert [c.stop - c.start for c in chunks] == ([40, 40, 40, 30])

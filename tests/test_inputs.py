@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.budget import Amounts, parse_nbytes, resolve_pairs
-from kvzip.compress import chunk_slices
+from kvzip.chunks import chunk_slices
 from kvzip.errors import BudgetError, ContextLengthError, InputError, ModelError, UnknownNameError
 from kvzip.generation import before_stop
 from kvzip.hf.fingerprint import fingerprint

@@ -12,7 +12,8 @@ from reference import Reference
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
-from kvzip.compress import FullContext, Selection, chunk_slices, pack_context
+from kvzip.chunks import chunk_slices
+from kvzip.compress import FullContext, Selection, pack_context
 from kvzip.methods import parse_method
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))

@@ -15,7 +15,8 @@ from reference import Reference, Unwrapped
 from transformers import DynamicCache
 
 import kvzip
-from kvzip.compress import FullContext, Selection, chunk_slices, pack_context
+from kvzip.chunks import chunk_slices
+from kvzip.compress import FullContext, Selection, pack_context
 from kvzip.context import ContextInfo, RaggedContext
 from kvzip.eval.fidelity import fidelity
 from kvzip.eval.questions import ask_full

@@ -58,6 +58,13 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
 
 
+def llama(num_layers: int = 5) -> PreTrainedModel:
+    """A Llama of that many layers, otherwise as `tiny_model` makes it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | {"num_hidden_layers": num_layers})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"

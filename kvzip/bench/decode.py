@@ -15,9 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvzip.bench.baseline import plain_attention
 from kvzip.bench.measure import paired, ratios, report, timed
 from kvzip.bench.synthetic import random_context, random_full_cache
+from kvzip.compressed import CompressedContext
 from kvzip.context import RaggedLayer
 from kvzip.hf.cache import SessionCache
-from kvzip.llm import LLM, CompressedContext
+from kvzip.llm import LLM
 
 NUM_TOKENS = 8  # decoded at a time
 ANSWER_TOKENS = 32  # of each question

@@ -9,7 +9,8 @@ import torch
 from kvzip.bench.baseline import plain_prefill
 from kvzip.bench.measure import WARMUP_LEN, paired, peak_over, ratios, report
 from kvzip.bench.texts import bench_text
-from kvzip.llm import LLM, CompressedContext
+from kvzip.compressed import CompressedContext
+from kvzip.llm import LLM
 from kvzip.memory import release_freed, rss_nbytes
 
 

@@ -11,9 +11,10 @@ from kvzip.bench.baseline import plain_prefill
 from kvzip.bench.measure import paired, ratios, report, timed
 from kvzip.bench.texts import bench_questions, bench_text
 from kvzip.eval.fidelity import fidelity, make_reference
-from kvzip.llm import LLM, Prefilled
+from kvzip.llm import LLM
 from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
+from kvzip.prefilled import Prefilled
 from kvzip.scorers import get_scorer
 from kvzip.scorers.base import BaseScorer, Observation
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvzip.backends import get_backend
 from kvzip.bench.measure import WARMUP_LEN, peak_over, provenance, summary
 from kvzip.bench.texts import bench_text
-from kvzip.compress import CHUNK_LEN, Engine, FullContext, RepeatPrompts, fit_chunk_len
+from kvzip.chunks import CHUNK_LEN, RepeatPrompts, fit_chunk_len
+from kvzip.compress import Engine, FullContext
 from kvzip.hf.geometry import probe
 from kvzip.llm import LLM
 from kvzip.memory import release_freed, rss_nbytes

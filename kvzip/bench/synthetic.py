@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvzip.compressed import CompressedContext
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
-from kvzip.llm import LLM, CompressedContext
+from kvzip.llm import LLM
 from kvzip.ops.ragged import pack_bits
 
 SPREAD = 1.0  # standard deviation of the logarithm of the heads' shares

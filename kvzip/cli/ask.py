@@ -26,8 +26,8 @@ from kvzip.cli.screen import Bars, note, out, print_json, wants_notes
 from kvzip.cli.texts import STDIN, read_text
 
 if TYPE_CHECKING:
+    from kvzip.compressed import CompressedContext
     from kvzip.generation import Answer
-    from kvzip.llm import CompressedContext
 
 EPILOG = examples(
     'kvzip ask book.kvz "Who is the narrator?"',

@@ -16,7 +16,8 @@ from kvzip.cli.texts import STDIN, read_text
 from kvzip.errors import FileError, InputError
 
 if TYPE_CHECKING:
-    from kvzip.llm import LLM, CompressedContext
+    from kvzip.compressed import CompressedContext
+    from kvzip.llm import LLM
     from kvzip.options import CompressOptions
 
 EPILOG = examples(

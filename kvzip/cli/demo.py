@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from kvzip.compressed import CompressedContext
     from kvzip.generation import Answer
-    from kvzip.llm import LLM, CompressedContext
+    from kvzip.llm import LLM
 
 EPILOG = examples("kvzip demo", "kvzip demo --keep-ratio 0.15", "kvzip demo -m smollm2-135m    smaller and weaker")
 TITLE = "The four lighthouses of the Eddystone"

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvzip.compress import CHUNK_LEN, chunk_slices
+from kvzip.chunks import CHUNK_LEN, chunk_slices
+from kvzip.compressed import CompressedContext
 from kvzip.generation import Clock, check_positions
 from kvzip.hf.cache import SessionCache
-from kvzip.llm import LLM, CompressedContext
+from kvzip.llm import LLM
 
 ANSWER_TOKENS = 16
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from kvzip.compressed import CompressedContext
 from kvzip.eval.fidelity import Reference, make_reference
 from kvzip.eval.tasks.base import Question, Task
-from kvzip.llm import CompressedContext
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kvzip.compressed import CompressedContext
 from kvzip.errors import InputError, KVZipError
 from kvzip.eval.fidelity import answered, reconstruction
 from kvzip.eval.questions import Asked, ask_full
@@ -21,8 +22,9 @@ from kvzip.eval.settings import FORMAT, FULL, EvalSettings, hash_of
 from kvzip.eval.tasks import get_task
 from kvzip.eval.tasks.base import Sample, Task, TaskSettings, choose
 from kvzip.files import write_whole
-from kvzip.llm import LLM, CompressedContext, Prefilled
+from kvzip.llm import LLM
 from kvzip.options import CompressOptions
+from kvzip.prefilled import Prefilled
 from kvzip.progress import Progress, silent
 
 Cell = tuple[str, float | None]  # method, keep ratio asked
