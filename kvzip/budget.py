@@ -81,6 +81,12 @@ BUDGET_KINDS = {
         "as layer, but each head keeps at least a share",
         "Ada-KV, arXiv 2407.11550",
     ),
+    "floored": BudgetKind(
+        selection.select_floored,
+        (True, True),
+        "as global, but each head keeps at least a share",
+        "Ada-KV's floor, arXiv 2407.11550, under KVzip's threshold",
+    ),
     "pyramid": BudgetKind(
         selection.select_pyramid,
         (False, False),

@@ -31,9 +31,10 @@ from kvzip.ops.rope import shift_keys
 from kvzip.ops.selection import pool_ranks, select_above
 from kvzip.profilers import Profiler
 from kvzip.progress import Progress, silent
+from kvzip.replayed import ReplayedQueries
 from kvzip.scorers import get_scorer
-from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Observer, Profile, Reading, Shape
-from kvzip.transforms.base import BaseTransform
+from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Observer, Profile, Reading, Shape, Together
+from kvzip.transforms.base import BaseTransform, Evicted
 
 PREFILL_BLOCK = 1024  # tokens of one forward pass while reading
 
@@ -158,12 +159,14 @@ class FullContext:
         faithful: bool = False,
         local: bool = False,
         profile: Profile | None = None,
+        queries: ReplayedQueries | None = None,
         progress: Progress = silent,
     ) -> Tensor:
         """Scores [Lf, Hkv, S] float32 of the context's pairs, higher = keep.
 
         scorer_name: may have options, as `window:window_size=64`.  local: a replayed chunk sees prefix and chunk alone,
         so that the cost is linear in the length of the context.  profile: of the model, where the scorer needs it.
+        queries: filled meanwhile, where the scorer has the context replayed.
         A scorer that needs queries of the context and was not named to `prefill` has the text read again for it, over
         the stored keys: a forward pass up to the last full-attention layer, exact with sliding windows too, that stores
         nothing. So one prefill serves any number of methods, and queries are never kept.
@@ -178,7 +181,8 @@ class FullContext:
                 self.read_again(scorer, progress=progress)
         if profile is not None:
             scorer.learn(profile)
-        self._replay_and_read(scorer, chunk_len, faithful, local, progress)
+        observer = scorer if queries is None else Together([scorer, queries])
+        self._replay_and_read(observer, chunk_len, faithful, local, progress)
         return scorer.scores()
 
     @torch.inference_mode()
@@ -254,6 +258,7 @@ class FullContext:
         prefix = sum(layer.num_kv_heads for layer in full) * self.prefix_ids.numel()
         head_dim = full[0].head_dim
         pair_nbytes = min([2.0 * head_dim * itemsize, *(t.pair_nbytes(head_dim, itemsize) for t in transforms)])
+        pair_nbytes += sum(t.bias_nbytes for t in transforms)
         heads = sum(layer.num_kv_heads for layer in full) * sum(t.head_nbytes(head_dim) for t in transforms)
         sliding = sum(
             2 * layer.num_kv_heads * layer.head_dim * min(self.length, (layer.window or 1) - 1) for layer in windows
@@ -269,6 +274,7 @@ class FullContext:
         keep_mask: Tensor,
         *,
         scores: Tensor | None = None,
+        queries: ReplayedQueries | None = None,
         transforms: Sequence[BaseTransform] = (),
         fetch: BaseFetch | None = None,
         release: bool = False,
@@ -277,38 +283,44 @@ class FullContext:
         very object of its source.
 
         keep_mask: [Lf, Hkv, S] bool over the context; the prefix always stays.  transforms, then fetch: applied to each
-        full-attention layer as soon as it is packed.  scores: [Lf, Hkv, S], shown to the transforms.
+        full-attention layer as soon as it is packed.  scores: [Lf, Hkv, S], and queries: shown to the transforms.
         release: give each layer's full cache back as soon as it is packed; this object is of no use afterwards.
         """
         index_of = {layer: index for index, layer in enumerate(self.engine.geometry.full_layers)}
         shared, packed = self.engine.geometry.shared, dict[int, RaggedLayer]()
         for index, dense in self.cache.stored.items():
-            mask = keep_mask[index_of[index]] if index in index_of else None
+            mask = self._with_prefix(keep_mask[index_of[index]]) if index in index_of else None
             layer = self._evict_layer(index, mask)
             if mask is not None:
-                kept = None if scores is None else self._kept_scores(scores[index_of[index]], mask)
+                evicted = self._evicted(index, mask, index_of[index], scores, queries)
                 for transform in transforms:
-                    layer = transform.apply(layer, kept)
+                    layer = transform.apply(layer, evicted)
                 layer = layer if fetch is None else fetch.apply(layer, index)
             packed[index] = layer
             if release:
                 dense.release()
         return tuple(packed[shared.get(index, index)] for index in range(len(self.cache.layers)))
 
-    def _kept_scores(self, scores: Tensor, context_mask: Tensor) -> Tensor:
-        """Of the pairs of one layer as they are packed: [N], infinite for the prefix."""
-        prefix_len = self.prefix_ids.numel()
-        mask = torch.nn.functional.pad(context_mask, (prefix_len, 0), value=True)
-        return torch.nn.functional.pad(scores, (prefix_len, 0), value=torch.inf)[mask]
+    def _with_prefix(self, keep_mask: Tensor) -> Tensor:
+        """A keep mask [Hkv, S] of the context as one of prefix and context [Hkv, P + S], on the model's device."""
+        mask = torch.nn.functional.pad(keep_mask, (self.prefix_ids.numel(), 0), value=True)
+        return mask.to(self.engine.model.device)
 
-    def _evict_layer(self, index: int, context_mask: Tensor | None) -> RaggedLayer:
+    def _evicted(
+        self, index: int, mask: Tensor, number: int, scores: Tensor | None, queries: ReplayedQueries | None
+    ) -> Evicted:
+        """What transforms are shown of the full-attention layer `index`, the one of that number among these."""
+        dense, prefix_len = self.cache.stored[index], self.prefix_ids.numel()
+        if scores is not None:
+            scores = torch.nn.functional.pad(scores[number], (prefix_len, 0), value=torch.inf)[mask.to(scores.device)]
+        own = None if queries is None else queries.of(number)
+        return Evicted(dense.keys[0], dense.values[0], mask, prefix_len, scores, own)
+
+    def _evict_layer(self, index: int, mask: Tensor | None) -> RaggedLayer:
         dense, geometry = self.cache.stored[index], self.engine.geometry.layers[index]
         keys, values = dense.keys[0], dense.values[0]
-        if context_mask is None:
+        if mask is None:
             mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        else:
-            prefix = torch.ones(keys.shape[0], self.prefix_ids.numel(), dtype=torch.bool)
-            mask = torch.cat([prefix, context_mask.cpu()], dim=1).to(keys.device)
         inv_freq = None if geometry.inv_freq is None else geometry.inv_freq.to(keys.device)
         return RaggedLayer(
             keys=shift_keys(pack(keys, mask), inv_freq, -self.length),
@@ -344,12 +356,15 @@ def pack_context(
     selection: Selection,
     info: ContextInfo,
     *,
+    queries: ReplayedQueries | None = None,
     transforms: Sequence[BaseTransform] = (),
     fetch: BaseFetch | None = None,
     release: bool,
 ) -> RaggedContext:
     """The compressed context of a selection."""
-    layers = full.evict(selection.mask, scores=selection.scores, transforms=transforms, fetch=fetch, release=release)
+    layers = full.evict(
+        selection.mask, scores=selection.scores, queries=queries, transforms=transforms, fetch=fetch, release=release
+    )
     return RaggedContext(
         layers=layers,
         prefix_ids=full.prefix_ids.to(torch.int32),

@@ -122,6 +122,11 @@ class Method:
         return any(transform_class(part.name).needs_scores for part in self.transforms)
 
     @property
+    def needs_queries(self) -> bool:
+        """Whether a transform is to be shown queries of the replay."""
+        return any(transform_class(part.name).needs_queries for part in self.transforms)
+
+    @property
     def composition(self) -> str:
         """The canonical name: all parts spelled out, with the options that differ from their defaults."""
         parts = (self.scorer, self.budget, *self.transforms, self.fetch)
@@ -162,8 +167,9 @@ def parse_method(text: str) -> Method:
     coding = [part.name for part in in_order if transform_class(part.name).stores_codes]
     if len(coding) > 1:
         raise InputError(f"method {text!r} can't be: {' and '.join(coding)} both decide the bits; leave one out")
-    if scorer is None and any(transform_class(part.name).needs_scores for part in in_order):
-        raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before {coding[0]!r}")
+    behind = [p.name for p in in_order if transform_class(p.name).needs_scores or transform_class(p.name).needs_queries]
+    if scorer is None and behind:
+        raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before {behind[0]!r}")
     return Method(text, scorer, budget, in_order, chosen.get("fetch"))
 
 

@@ -25,7 +25,9 @@ from kvzip.models.cache import cache_dir
 from kvzip.options import CompressOptions
 from kvzip.parts import Part
 from kvzip.progress import Progress, silent
+from kvzip.replayed import ReplayedQueries
 from kvzip.scorers import scorer_class
+from kvzip.scorers.base import Shape
 from kvzip.transforms import get_transform
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Prefilled:
         self._chunk_len(CHUNK_LEN)  # refuse before reading
         self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer))
         self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
+        self._queries: dict[tuple[int, bool], ReplayedQueries] = {}
         self._shared: dict[tuple[tuple[int, int], ...], Prefilled] = {}
 
     def compress(
@@ -82,12 +85,18 @@ class Prefilled:
         num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
-        data = pack_context(self._full, selection, info, transforms=transforms, fetch=fetch, release=release)
+        queries = None
+        if method.needs_queries and not bool(selection.mask.all()):
+            queries, replay_s = self._replayed(options, progress)
+            info = replace(info, score_s=score_s + replay_s)
+        data = pack_context(
+            self._full, selection, info, queries=queries, transforms=transforms, fetch=fetch, release=release
+        )
         if data.is_fetched:
             data = store.mapped(data, cache_dir() / "mapped")
         if release:
             release_freed()  # without it the C library may keep what the full cache took
-        total_s = info.prefill_s + score_s if started is None else time.perf_counter() - started
+        total_s = info.prefill_s + info.score_s if started is None else time.perf_counter() - started
         info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes())
         return CompressedContext(self.llm, replace(data, info=info))
 
@@ -120,8 +129,7 @@ class Prefilled:
         self, options: CompressOptions, method: Method, num_pairs: int | None, total: int, progress: Progress
     ) -> tuple[Selection, float]:
         if num_pairs == total and not method.needs_scores:  # nothing to choose
-            shape = (*self.geometry.full_shape, self._full.context_ids.numel())
-            return Selection(torch.ones(total, dtype=torch.bool).reshape(shape), None), 0.0
+            return Selection(torch.ones(self._shape, dtype=torch.bool), None), 0.0
         assert method.budget_kind is not None
         profile = self.llm.profile_for(method.budget_kind.needs, self.geometry)
         scores, score_s = self._scored(method, options, progress)
@@ -136,16 +144,34 @@ class Prefilled:
             self._scores[key] = scores, time.perf_counter() - started + watch_s
         return self._scores[key]
 
+    def _replayed(self, options: CompressOptions, progress: Progress) -> tuple[ReplayedQueries, float]:
+        """Queries of a replay, and the seconds it took, none where one was watched already."""
+        key, started = (options.chunk_len, self._is_local(options)), time.perf_counter()
+        if key in self._queries:
+            return self._queries[key], 0.0
+        found = self._queries[key] = ReplayedQueries(self._shape)
+        self._full.replay(found, self._chunk_len(options.chunk_len), local=key[1], progress=progress)
+        return found, time.perf_counter() - started
+
     def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
         assert method.scorer is not None
+        queries, key = None, (options.chunk_len, self._is_local(options))
+        has_replay = "replay_queries" in scorer_class(method.scorer.name).needs and not options.faithful
+        if method.needs_queries and has_replay and key not in self._queries:
+            queries = self._queries[key] = ReplayedQueries(self._shape)
         return self._full.score(
             f"{method.scorer.name}-faithful" if options.faithful else str(method.scorer),
             self._chunk_len(options.chunk_len),
             faithful=options.faithful,
             local=self._is_local(options),
             profile=self.llm.profile_for(scorer_class(method.scorer.name).needs, self.geometry),
+            queries=queries,
             progress=progress,
         )
+
+    @property
+    def _shape(self) -> Shape:
+        return *self.geometry.full_shape, self._full.context_ids.numel()
 
     def _is_local(self, options: CompressOptions) -> bool:
         return options.replays_locally(self._full.context_ids.numel())

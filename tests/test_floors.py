@@ -26,6 +26,7 @@ FLOORS = [
         "kvzip.context",
         "kvzip.scorers",
         "kvzip.profilers",
+        "kvzip.replayed",
         "kvzip.transforms",
         "kvzip.fetch",
     ],

@@ -172,6 +172,20 @@ def test_adakv_keeps_the_best_of_each_head(seed: int, shape: tuple, alpha: float
         assert kept.all() or not kept.any() or row[kept].min() >= row[~kept].max()
 
 
+@given(SEEDS, SHAPES, st.floats(0, 1), st.data())
+def test_floored_is_exact_and_leaves_no_head_bare(seed: int, shape: tuple, alpha: float, data: st.DataObject) -> None:
+    scores, (layers, heads, length) = random(seed, *shape).round(decimals=1), shape
+    budget = data.draw(st.integers(1, scores.numel()))
+    mask = selection.select_floored(scores, budget, alpha=alpha)
+    assert mask.sum() == budget and mask.sum(-1).min() >= math.floor(alpha * (budget // (layers * heads)) * (1 - 1e-9))
+    assert torch.equal(selection.select_floored(scores, budget, alpha=0), selection.select_global(scores, budget))
+    each = data.draw(st.integers(0, length))
+    even = each * layers * heads
+    assert torch.equal(selection.select_floored(scores, even, alpha=1), selection.select_uniform(scores, even))
+    for row, kept in zip(random(seed, *shape).flatten(0, 1), mask.flatten(0, 1), strict=True):
+        assert kept.all() or not kept.any() or row[kept].round(decimals=1).min() >= row[~kept].round(decimals=1).max()
+
+
 @given(st.integers(0, 2000), st.integers(1, 40), st.floats(1, 1e6), st.data())
 def test_pyramids_are_exact_and_never_rise(total: int, layers: int, beta: float, data: st.DataObject) -> None:
     least = -(-total // layers)

@@ -2,8 +2,8 @@
 
 Of one KV head and one block of the context, p_i [R] is the attention of R queries to pair i, over all that the head
 ever held. The kept columns A = [p_j, j kept] are given weights w and values V' such that A w is the attention mass of
-the whole block and (A w) V' its outputs. A weight is stored as a bias log w of the pair's logit. So the block adds to the
-numerator and to the denominator of any softmax what it added before, whatever stands beside it.
+the whole block and (A w) V' its outputs. A weight is stored as a bias log w of the pair's logit. So the block adds to
+the numerator and to the denominator of any softmax what it added before, whatever stands beside it.
 """
 
 from __future__ import annotations

@@ -80,13 +80,24 @@ def select_adakv(scores: Tensor, budget: int, *, alpha: Annotated[float, Range(0
     rest goes to the best of the layer. alpha: 0 = `select_layer`, 1 = `select_uniform` where n is a multiple of Hkv.
     Source: Ada-KV (arXiv 2407.11550), in the form of kvpress, whose total is exact.
     """
-    num_layers, num_kv_heads, _ = scores.shape
-    masks = []
-    for layer, count in zip(scores, split_evenly(budget, num_layers), strict=True):
-        safe = top_mask(layer, int(Fraction(str(alpha)) * (count // num_kv_heads)))
-        lifted = layer.masked_fill(safe, torch.inf).reshape(1, -1)
-        masks.append(top_mask(lifted, count).reshape(layer.shape))
-    return torch.stack(masks)
+    counts = split_evenly(budget, scores.shape[0])
+    return torch.stack([_with_floor(layer, n, alpha) for layer, n in zip(scores, counts, strict=True)])
+
+
+def select_floored(scores: Tensor, budget: int, *, alpha: Annotated[float, Range(0, 1)] = 0.2) -> Tensor:
+    """The best pairs over all layers and heads, but no head gets less than `alpha` of an even share.
+
+    alpha: 0 = `select_global`, 1 = `select_uniform` where `budget` is a multiple of the heads.
+    """
+    heads = scores.flatten(0, 1)
+    return _with_floor(heads, budget, alpha).reshape(scores.shape)
+
+
+def _with_floor(heads: Tensor, budget: int, alpha: float) -> Tensor:
+    """Of heads [H, S] in one pool: the best `floor(alpha * (budget // H))` of each, and the best of all others."""
+    safe = top_mask(heads, int(Fraction(str(alpha)) * (budget // len(heads))))
+    lifted = heads.masked_fill(safe, torch.inf).reshape(1, -1)
+    return top_mask(lifted, budget).reshape(heads.shape)
 
 
 def select_pyramid(scores: Tensor, budget: int, *, beta: Annotated[float, Range(1)] = 20.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,6 +107,20 @@ class Observer:
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """The context's keys and values [Hkv, S, D] of one full-attention layer, after all else is shown."""
+
+
+class Together(Observer):
+    """Several observers of one replay."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        super().__init__(observers[0].shape)
+        self.observers = observers
+        self.needs = frozenset().union(*(observer.needs for observer in observers))  # type: ignore[misc]
+
+    def observe(self, layer: int, observation: Observation) -> None:
+        for observer in self.observers:
+            if "replay_queries" in observer.needs:
+                observer.observe(layer, observation)
 
 
 class BaseScorer(Observer):

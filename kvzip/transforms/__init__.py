@@ -7,6 +7,7 @@ from kvzip.transforms.base import BaseTransform
 
 TRANSFORMS = {
     "kvsharer": "kvzip.transforms.kvsharer:KVSharer",
+    "refit": "kvzip.transforms.refit:Refit",
     "levels": "kvzip.transforms.levels:Levels",
     "quantize": "kvzip.transforms.quantize:Quantize",
 }

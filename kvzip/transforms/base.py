@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
+from kvzip.replayed import LayerQueries
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What was known of a full-attention layer before eviction.
+
+    keys, values: [Hkv, P + S, D] of all pairs of prefix and context, keys rotated at their true positions.  keep_mask:
+    [Hkv, P + S] bool, what stays.  prefix_len: P.  scores: [N] float32 of the pairs that stay, as they are packed,
+    infinite for those of the prefix; None where nothing was scored.  queries: where a transform needs them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    keep_mask: Tensor
+    prefix_len: int
+    scores: Tensor | None = None
+    queries: LayerQueries | None = None
 
 
 class BaseTransform:
@@ -14,7 +33,8 @@ class BaseTransform:
 
     summary, source: for `kvzip methods`.  shares_layers: whether layers are read and stored with the keys and values of
     another one, as a profile of the model says.  stores_codes: whether numbers become codes; only one transform of a
-    method may do that.  needs_scores: whether `apply` is to be given the scores of the pairs.
+    method may do that.  needs_scores, needs_queries: whether `apply` is to be given the scores of the pairs, and
+    queries of the replay.  bias_nbytes: bytes that a pair takes beside its key and value.
     Options are the keyword-only parameters of `__init__` (see `kvzip.parts`).
     """
 
@@ -23,16 +43,15 @@ class BaseTransform:
     shares_layers: ClassVar[bool] = False
     stores_codes: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False
+    bias_nbytes: ClassVar[int] = 0
 
-    def apply(self, layer: RaggedLayer, scores: Tensor | None = None) -> RaggedLayer:
-        """The same pairs in another form. Raises InputError where these can't be stored so.
-
-        scores: [N] float32 of the pairs, infinite for those of the prefix; None where nothing was scored.
-        """
+    def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
+        """The same pairs in another form. Raises InputError where these can't be stored so."""
         raise NotImplementedError
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
-        """Bytes of one pair, on average.  itemsize: bytes of a number before."""
+        """Bytes of the key and the value of one pair, on average.  itemsize: bytes of a number before."""
         return 2 * head_dim * itemsize
 
     def head_nbytes(self, head_dim: int) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from kvzip.context import RaggedLayer
-from kvzip.transforms.base import BaseTransform
+from kvzip.transforms.base import BaseTransform, Evicted
 
 
 class KVSharer(BaseTransform):
@@ -19,5 +17,5 @@ class KVSharer(BaseTransform):
     source = "KVSharer, arXiv 2410.18517"
     shares_layers = True
 
-    def apply(self, layer: RaggedLayer, scores: Tensor | None = None) -> RaggedLayer:
+    def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         return layer

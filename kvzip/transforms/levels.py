@@ -12,7 +12,7 @@ from kvzip.context import RaggedLayer
 from kvzip.ops.quantize import Axis
 from kvzip.ops.selection import PINNED
 from kvzip.parts import Range
-from kvzip.transforms.base import BaseTransform
+from kvzip.transforms.base import BaseTransform, Evicted
 from kvzip.transforms.quantize import Bits, Quantize
 
 
@@ -46,7 +46,8 @@ class Levels(BaseTransform):
             for keys, values in ((high_key_bits, high_value_bits), (low_key_bits, low_value_bits))
         )
 
-    def apply(self, layer: RaggedLayer, scores: Tensor | None = None) -> RaggedLayer:
+    def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
+        scores = evicted.scores
         assert scores is not None
         is_high = ((scores > self.threshold) | (scores >= PINNED)).to(layer.device)
         high, low = (part_of(layer, chosen) for chosen in (is_high, ~is_high))

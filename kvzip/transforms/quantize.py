@@ -11,7 +11,7 @@ from torch import Tensor
 from kvzip.context import RaggedLayer
 from kvzip.ops.quantize import Axis, Layout, quantize
 from kvzip.parts import Range
-from kvzip.transforms.base import BaseTransform
+from kvzip.transforms.base import BaseTransform, Evicted
 
 Bits = Literal[16, 8, 4, 2]
 UNCHANGED = 16
@@ -43,7 +43,7 @@ class Quantize(BaseTransform):
         self.parts: tuple[tuple[Bits, Axis], ...] = ((key_bits, key_axis), (value_bits, value_axis))
         self.group_size = group_size
 
-    def apply(self, layer: RaggedLayer, scores: Tensor | None = None) -> RaggedLayer:
+    def apply(self, layer: RaggedLayer, evicted: Evicted | None = None) -> RaggedLayer:
         keys, values = (
             pairs if layout is None or not isinstance(pairs, Tensor) else quantize(pairs, layer.offsets, layout)
             for pairs, layout in zip((layer.keys, layer.values), self.layouts(layer.head_dim), strict=True)

@@ -1,0 +1,173 @@
+"""The transform `refit` in methods: against direct computation, in chunks, in files, beside quantized pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+import kvzip
+from kvzip.backends.reference import ReferenceBackend
+from kvzip.errors import UnknownNameError
+from kvzip.methods import parse_method
+from kvzip.ops.refit import HELD_OUT, refit
+from kvzip.ops.rope import shift_keys
+from kvzip.replayed import ReplayedQueries
+from kvzip.scorers.base import Observation, Observer, Shape
+
+TEXT = "The quick brown fox jumps over the lazy dog and runs away from 17 angry bees. " * 5
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma2", "gemma3"])
+def case(request: pytest.FixtureRequest) -> SimpleNamespace:
+    llm = kvzip.wrap(tiny_model(request.param, seed=3), tiny_tokenizer())
+    return SimpleNamespace(llm=llm, prefilled=llm.prefill(TEXT))
+
+
+def made(case: SimpleNamespace, method: str, **options: object) -> kvzip.CompressedContext:
+    return case.prefilled.compress(kvzip.CompressOptions(method=method, **options))
+
+
+def logits(context: kvzip.CompressedContext) -> Tensor:
+    ids = torch.tensor([context.llm.question_ids("Who runs away?")])
+    with torch.inference_mode():
+        return context.llm.model(ids, past_key_values=context.cache()).logits
+
+
+def queries_of(case: SimpleNamespace, chunk_len: int = 2000) -> ReplayedQueries:
+    full = case.prefilled._full
+    queries = ReplayedQueries(full._shape)
+    full.replay(queries, chunk_len)
+    return queries
+
+
+def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None:
+    plain, found = made(case, "kvzip", keep_ratio=0.4).data, made(case, "kvzip+refit", keep_ratio=0.4).data
+    assert torch.equal(plain.keep_mask, found.keep_mask)
+    full, queries, changed = case.prefilled._full, queries_of(case), 0
+    for number, index in enumerate(found.full_layers):
+        shown, geometry, layer = queries.of(number), case.llm.geometry.layers[index], found.layers[index]
+        keys, values = (t[0] for t in full.cache.layers[index].read(slice(0, full.length)))
+        groups = len(shown.query) // len(keys)
+        held_out = (torch.arange(shown.query.shape[1]) % HELD_OUT == HELD_OUT - 1).repeat(groups)
+        for head, kept in enumerate(found.keep_mask[number]):
+            rows = torch.cat(list(shown.query[head * groups : (head + 1) * groups]))
+            raw = rows @ keys[head].T * geometry.scale
+            capped = raw if geometry.softcap is None else geometry.softcap * torch.tanh(raw / geometry.softcap)
+            attention = torch.softmax(capped, dim=1)
+            rest = attention[:, : full.prefix_ids.numel()] @ values[head, : full.prefix_ids.numel()]
+            block, own = attention[:, full.prefix_ids.numel() :], values[head, full.prefix_ids.numel() :]
+            expected = refit(block, own, kept, rest, held_out) if kept.any() else None
+            start = layer.offsets[head] + full.prefix_ids.numel()
+            pairs = slice(start, layer.offsets[head + 1])
+            before = slice(layer.offsets[head], start)
+            assert torch.equal(layer.values[before], plain.layers[index].values[before]), "the prefix stays as it is"
+            if expected is None:
+                assert torch.equal(layer.values[pairs], plain.layers[index].values[pairs])
+            else:
+                changed += 1
+                weighted, wanted = (block[:, kept] * w for w in (layer.bias[pairs].exp(), expected.weights))
+                # single pairs are less sure, near bounds above all, than what they add
+                torch.testing.assert_close(layer.bias[pairs], expected.weights.log(), atol=5e-2, rtol=2e-2)
+                torch.testing.assert_close(weighted.sum(1), wanted.sum(1), atol=1e-3, rtol=1e-3)
+                torch.testing.assert_close(
+                    weighted @ layer.values[pairs], wanted @ expected.values, atol=1e-3, rtol=1e-3
+                )
+        assert torch.equal(layer.keys, plain.layers[index].keys)
+    assert changed > 0
+
+
+class AllQueries(Observer):
+    """Every query of the replay, by layer."""
+
+    needs = frozenset({"replay_queries"})
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.found: list[list[Tensor]] = [[] for _ in range(shape[0])]
+
+    def observe(self, layer: int, observation: Observation) -> None:
+        self.found[layer].append(observation.query)
+
+
+def context_outputs(case: SimpleNamespace, method: str, keep_ratio: float, chunk_len: int) -> list[Tensor]:
+    """What the replay's queries take from the context, by layer: by the slow reference."""
+    full, backend = case.prefilled._full, ReferenceBackend()
+    queries = AllQueries(full._shape)
+    full.replay(queries, chunk_len)
+    data = made(case, method, keep_ratio=keep_ratio, chunk_len=chunk_len).data
+    outputs = []
+    for found, index in zip(queries.found, data.full_layers, strict=True):
+        geometry, query = case.llm.geometry.layers[index], torch.cat(found, dim=1)
+        shifted = shift_keys(query, geometry.inv_freq, -full.length)[None]  # as the keys of a packed layer are
+        out, _ = backend.attend_ragged(shifted, data.layers[index], scale=geometry.scale, softcap=geometry.softcap)
+        outputs.append(out)
+    return outputs
+
+
+@pytest.mark.parametrize(("chunk_len", "limit"), [(2000, 0.9), (100, 1.0)])
+def test_it_is_nearer_to_what_the_full_cache_puts_out(case: SimpleNamespace, chunk_len: int, limit: float) -> None:
+    """Random weights have little that could be made up for; what real models gain: tests/test_real_methods.py."""
+    full, plain, found = (
+        context_outputs(case, method, ratio, chunk_len)
+        for method, ratio in (("kvzip", 1.0), ("kvzip", 0.4), ("kvzip+refit", 0.4))
+    )
+    before, after = (
+        sum(float((a - b).square().sum()) for a, b in zip(outputs, full, strict=True)) for outputs in (plain, found)
+    )
+    assert 0 < after < limit * before
+
+
+def test_all_kept_is_the_full_cache_without_a_bias(case: SimpleNamespace) -> None:
+    context = made(case, "kvzip+refit", keep_ratio=1.0)
+    assert all(layer.bias is None for layer in context.data.layers)
+    assert torch.equal(logits(context), logits(made(case, "kvzip", keep_ratio=1.0)))
+
+
+def test_queries_are_half_of_the_cache_and_stand_in_chunks(case: SimpleNamespace) -> None:
+    full = case.prefilled._full
+    queries = queries_of(case, chunk_len=60)
+    total = full.context_ids.numel()
+    for number in range(full._shape[0]):
+        shown = queries.of(number)
+        rows = shown.query.shape[1] * len(shown.query) // full._shape[1]
+        assert total <= rows <= total + len(shown.query) * len(shown.chunks)
+        assert [(c.start, c.stop) for c in shown.chunks][-1][1] == total and len(shown.chunks) > 2
+        assert shown.chunk_of.unique().tolist() == list(range(len(shown.chunks)))
+
+
+def test_it_makes_no_difference_when_queries_are_taken(case: SimpleNamespace) -> None:
+    """With the scores, or by a replay of their own where these were known already."""
+    whole = made(case, "kvzip+refit", keep_ratio=0.4)
+    other = case.llm.prefill(TEXT)
+    other.scores(parse_method("kvzip"))
+    later = other.compress(kvzip.CompressOptions(keep_ratio=0.4, method="kvzip+refit"))
+    at_once = case.llm.compress(TEXT, 0.4, method="kvzip+refit")
+    for context in (later, at_once):
+        torch.testing.assert_close(logits(context), logits(whole), atol=1e-4, rtol=1e-4)
+
+
+def test_other_scorers_have_the_text_replayed_for_it(case: SimpleNamespace) -> None:
+    context = made(case, "l2-norm+refit", keep_ratio=0.4)
+    assert any(layer.bias is not None for layer in context.data.layers)
+
+
+@pytest.mark.parametrize("method", ["kvzip+refit", "kvzip+refit+int4:group_size=8", "kvzip+refit+k8v4"])
+def test_saved_and_opened_and_in_bytes(case: SimpleNamespace, method: str, tmp_path: Path) -> None:
+    context = made(case, method, keep_ratio=0.5)
+    assert any(layer.bias is not None for layer in context.data.layers)
+    context.save(tmp_path / "a.kvz")
+    assert torch.equal(logits(case.llm.open(tmp_path / "a.kvz")), logits(context))
+    most = context.data.kv_nbytes
+    within = made(case, method, budget=f"{most}B").data
+    assert most - 4096 < within.kv_nbytes <= most
+
+
+def test_it_needs_something_that_evicts() -> None:
+    with pytest.raises(UnknownNameError, match="has no scorer"):
+        parse_method("refit+int4")
+    assert parse_method("kvzip+int4+refit").composition == "reconstruction+global+refit+quantize"
