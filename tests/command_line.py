@@ -34,7 +34,7 @@ ASK_KEYS = {"question", "answer", "num_new_tokens", "ttft_s", "tpot_s", "fetched
 
 
 # Importing torch and transformers takes seconds, so most commands run in a fork of a process that has them already;
-# what a fork can't show (start-up, silence of the libraries) is tested in fresh processes, `fresh=True`.
+# what a fork can't show (start-up, silence of the libraries) is tested in fresh processes.
 FORKS = """
 import fcntl, json, os, resource, signal, socket, sys, termios
 import kvzip.loading, kvzip.inspect.html, kvzip.inspect.terminal, rich.progress

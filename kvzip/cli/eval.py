@@ -26,6 +26,19 @@ EPILOG = examples(
 )
 
 
+DataFiles = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[TASK=]FILE", help="For a task that reads a file; several times for several tasks."),
+]
+Questions = Annotated[
+    str | None, typer.Option(metavar="FILE", help="For task text: a question a line, answer after a tab.")
+]
+RowsFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE.jsonl", help="Write rows there, or go on with a stopped run.")
+]
+TwoRuns = Annotated[tuple[str, str] | None, typer.Option(metavar="A.jsonl B.jsonl", help="Compare two runs, and exit.")]
+
+
 def eval_(
     model: Annotated[
         str | None, typer.Option("-m", "--model", metavar="MODEL", envvar="KVZIP_MODEL", autocompletion=complete_model)
@@ -39,27 +52,18 @@ def eval_(
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="Contexts a task.")] = 5,
     max_questions: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of a context; default all.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of generated tasks.")] = 0,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[TASK=]FILE", help="For a task that reads a file; several times for several tasks."),
-    ] = None,
-    questions: Annotated[
-        str | None, typer.Option(metavar="FILE", help="For task text: a question a line, answer after a tab.")
-    ] = None,
+    data: DataFiles = None,
+    questions: Questions = None,
     multi_turn: Annotated[
         bool, typer.Option("--multi-turn", help="Ask behind the questions before and their expected answers.")
     ] = False,
     reconstruction: Annotated[
         bool, typer.Option("--reconstruction", help="Measure how much of the text is still repeated; slow.")
     ] = False,
-    json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE.jsonl", help="Write rows there, or go on with a stopped run.")
-    ] = None,
+    json_file: RowsFile = None,
     report: Annotated[str | None, typer.Option(metavar="FILE.html", help="Write a page too: kvzip[plots].")] = None,
     pictures: Annotated[str | None, typer.Option(metavar="FOLDER", help="Write PNGs too: kvzip[plots].")] = None,
-    compare: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="A.jsonl B.jsonl", help="Compare two runs, and exit.")
-    ] = None,
+    compare: TwoRuns = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the tasks, and exit.")] = False,
     dtype: DType = "auto", device: Device = "auto", quiet: Quiet = False,
 ) -> None:  # fmt: skip
