@@ -59,7 +59,7 @@ def _by_bytes(methods: list[Line]) -> str:
     """What to take at equal bytes."""
     text = (
         "At equal bytes: the lines that no other beats, each nearer to the full cache by KL than all that take as few "
-        "bytes or fewer. Codes, scales, offsets and prefix are counted; shares are of the full cache in the run's dtype.\n"
+        "bytes or fewer. Codes, scales, offsets and prefix count; shares are of the full cache in the run's dtype.\n"
     )
     head = "| method | keep ratio | KV memory (of full) | KL | score (%) |\n| --- | --- | --- | --- | --- |"
     body = [
