@@ -24,12 +24,14 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; font-size: .9rem; }
 th, td { padding: .15rem .55rem; white-space: nowrap; text-align: right; border-bottom: 1px solid #e6eaec; }
 th { font-weight: 600; color: #5a6970; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; max-width: 11rem; }
 .figure, .wide { overflow-x: auto; } svg { max-width: 100%; height: auto; } tr.full td { font-weight: 600; }
 .facts, .gap, .caption { color: #5a6970; font-size: .9rem; overflow-wrap: anywhere; }
 .example { display: grid; grid-template-columns: 9rem 1fr; gap: .2rem 1rem; margin: 1rem 0; }
 .example > :nth-child(odd) { color: #5a6970; } .right { color: #2a7a4b; } .wrong { color: #b0432b; }
-@media print { body { margin: 0; max-width: none; } table { font-size: .7rem; }
-  th, td { padding: .1rem .3rem; } .figure, .example, tr { break-inside: avoid; } }
+@media print { @page { margin: 12mm; } body { margin: 0; max-width: none; padding: 0; font-size: 12px; }
+  table { font-size: 9px; } th, td { padding: .05rem .25rem; } td:first-child { min-width: 4rem; max-width: 7rem; }
+  .figure, .wide { overflow: visible; } .figure svg { max-height: 11cm; } .figure, .example, tr { break-inside: avoid; } }
 @media (max-width: 40rem) { .example { grid-template-columns: 1fr; } }
 """
 
