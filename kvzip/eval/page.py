@@ -31,7 +31,8 @@ td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; 
 .example > :nth-child(odd) { color: #5a6970; } .right { color: #2a7a4b; } .wrong { color: #b0432b; }
 @media print { @page { margin: 12mm; } body { margin: 0; max-width: none; padding: 0; font-size: 12px; }
   table { font-size: 9px; } th, td { padding: .05rem .25rem; } td:first-child { min-width: 4rem; max-width: 7rem; }
-  .figure, .wide { overflow: visible; } .figure svg { max-height: 11cm; } .figure, .example, tr { break-inside: avoid; } }
+  .figure, .wide { overflow: visible; } .figure svg { max-height: 11cm; }
+  .figure, .example, tr { break-inside: avoid; } }
 @media (max-width: 40rem) { .example { grid-template-columns: 1fr; } }
 """
 
