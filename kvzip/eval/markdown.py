@@ -29,7 +29,8 @@ def section(header: Row, rows: list[Row], pictures: dict[str, str]) -> str:
     lines = summarize(rows)
     labels = dict.fromkeys(line.task for line in lines)
     config = header["config"]
-    parts = [f"## Answers: {config['model']}, {', '.join(config['tasks'])}\n"]
+    num_methods = len({line.method for line in lines} - {FULL})
+    parts = [f"## Answers: {config['model']}, {', '.join(config['tasks'])}, {num_methods} methods\n"]
     for label in labels:
         parts.append(_task(label, [line for line in lines if line.task == label], pictures))
     return "\n".join([*parts, _losses(lines), _origin(header)])
@@ -73,8 +74,9 @@ def _table(title: str, lines: list[Line], show: Any) -> str:
     ratios = list(dict.fromkeys(line.keep_ratio_asked for line in lines))
     found = {(line.method, line.keep_ratio_asked): line for line in lines}
     head = f"| {title} | {' | '.join(map(ratio_text, ratios))} |\n|{' --- |' * (len(ratios) + 1)}"
+    cell = lambda line: show(line) + (f" at {kept_text(line, 2)}" if line.keep_ratio_asked is None else "")  # noqa: E731
     body = [
-        f"| {method} | {' | '.join(show(found[method, r]) if (method, r) in found else '-' for r in ratios)} |"
+        f"| {method} | {' | '.join(cell(found[method, r]) if (method, r) in found else '-' for r in ratios)} |"
         for method in dict.fromkeys(line.method for line in lines)
     ]
     return "\n".join([head, *body, ""])
