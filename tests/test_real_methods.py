@@ -14,6 +14,7 @@ from torch import Tensor
 import kvzip
 from kvzip.context import RaggedContext, RaggedLayer
 from kvzip.errors import InputError
+from kvzip.eval.fidelity import fidelity, make_reference
 from kvzip.methods import ALIASES, parse_method
 from kvzip.profilers import PROFILERS
 
@@ -25,15 +26,14 @@ FLOATS = "high_key_bits=16,high_value_bits=16,low_key_bits=16,low_value_bits=16"
 
 @pytest.fixture(scope="module")
 def case(llm: kvzip.LLM, articles: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """One model with the shortest article, read once, and profiles of its own."""
+    """One model with the beginning of the shortest article, read once, and profiles of its own."""
     article = min(articles, key=lambda a: len(a["text"]))
+    text = article["text"][:1400]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         for kind in PROFILERS:
-            llm.calibrate(kind, articles[1]["text"])
-        yield SimpleNamespace(
-            llm=llm, prefilled=llm.prefill(article["text"]), question=article["questions"][0][0], text=article["text"]
-        )
+            llm.calibrate(kind, articles[1]["text"][:2400])
+        yield SimpleNamespace(llm=llm, prefilled=llm.prefill(text), question=article["questions"][0][0], text=text)
 
 
 def made(case: SimpleNamespace, method: str, keep_ratio: float | None = None) -> kvzip.CompressedContext:
@@ -131,6 +131,15 @@ def test_saved_and_opened_it_answers_the_same(case: SimpleNamespace, method: str
     if method == "kvsharer":
         full = context.data.info.full_kv_nbytes
         assert (context.data.kv_nbytes < full - 100) == bool(context.data.shared)
+
+
+def test_refitted_pairs_are_nearer_to_the_full_cache(case: SimpleNamespace) -> None:
+    full, plain = made(case, "kvzip", 1.0), made(case, "kvzip", 0.4)
+    refitted = made(case, "kvzip+refit", 0.4)
+    assert torch.equal(refitted.data.keep_mask, plain.data.keep_mask)
+    reference = make_reference(full, case.llm.question_ids(case.question))
+    before, after = (fidelity(context, reference).kl for context in (plain, refitted))
+    assert 0 < after < 0.6 * before
 
 
 def test_a_window_longer_than_the_text_and_a_method_without_its_profile(

@@ -74,9 +74,14 @@ def _table(title: str, lines: list[Line], show: Any) -> str:
     ratios = list(dict.fromkeys(line.keep_ratio_asked for line in lines))
     found = {(line.method, line.keep_ratio_asked): line for line in lines}
     head = f"| {title} | {' | '.join(map(ratio_text, ratios))} |\n|{' --- |' * (len(ratios) + 1)}"
-    cell = lambda line: show(line) + (f" at {kept_text(line, 2)}" if line.keep_ratio_asked is None else "")  # noqa: E731
+
+    def cell(line: Line | None) -> str:
+        if line is None:
+            return "-"
+        return f"{show(line)} at {kept_text(line, 2)}" if line.keep_ratio_asked is None else str(show(line))
+
     body = [
-        f"| {method} | {' | '.join(cell(found[method, r]) if (method, r) in found else '-' for r in ratios)} |"
+        f"| {method} | {' | '.join(cell(found.get((method, r))) for r in ratios)} |"
         for method in dict.fromkeys(line.method for line in lines)
     ]
     return "\n".join([head, *body, ""])
