@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,21 @@ from kvzip.eval.page import report_page
 from kvzip.eval.run import evaluate, read_rows
 from kvzip.eval.settings import EvalSettings
 from kvzip.eval.summary import summarize
+from kvzip.eval.tasks import get_task
+from kvzip.eval.tasks.base import TaskSettings
 
 pytestmark = pytest.mark.real
+
+
+@pytest.mark.parametrize("name", ["retr-kv", "retr-prefix-suffix", "niah", "ruler-multikey"])
+def test_a_sentence_with_what_was_asked_fits_into_an_answer(smollm: kvzip.LLM, name: str) -> None:
+    """Chat models say a key again before its value: an answer that is cut there would count as wrong."""
+    task, count = get_task(name), lambda text: len(smollm.tokenize(text))
+    for sample in task.samples(TaskSettings(800, count, 2)):
+        for question in sample.questions:
+            quoted = re.findall(r'"([^"]+)"', question.text)
+            sentence = f"The answer that belongs to {' and '.join(quoted)} in this text is: {question.golds[0]}."
+            assert count(sentence) <= (question.max_new_tokens or task.max_new_tokens)
 
 
 def test_a_smoke_evaluation(smollm: kvzip.LLM, articles: list[dict], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import chain, zip_longest
 
 from kvzip.eval.tasks.base import Question, Sample, TaskSettings, judge, spread
 from kvzip.eval.tasks.repoqa import GAP, Function, RepoQA
-from kvzip.eval.tasks.retrieval import random_uuid
+from kvzip.eval.tasks.retrieval import ANSWER_LEN, random_uuid
 
 NUM_EACH = 4
 
@@ -22,6 +22,7 @@ class MixRepoQAKV(RepoQA):
     num_questions = f"{NUM_EACH} of each kind"
     instruction = "Below are functions of a program, and pairs of a key and a value."
     num_asked = NUM_EACH
+    version = 2
 
     def make(self, rng: random.Random, functions: dict[Function, int], settings: TaskSettings) -> Sample:
         pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(num_pairs(settings.context_len))]
@@ -33,7 +34,7 @@ class MixRepoQAKV(RepoQA):
             blocks += [code, *lines[len(lines) * i // len(chosen) : len(lines) * (i + 1) // len(chosen)]]
         code_questions = [replace(question, part="repoqa") for question in self.ask(rng, chosen)]
         kv_questions = [
-            Question(f'Key: "{key}"\nThe value associated with this key is:', (value,), "kv", 64)
+            Question(f'Key: "{key}"\nThe value associated with this key is:', (value,), "kv", ANSWER_LEN)
             for key, value in (pairs[i] for i in spread(rng, len(pairs), NUM_EACH))
         ]
         in_turn = chain.from_iterable(zip_longest(code_questions, kv_questions))

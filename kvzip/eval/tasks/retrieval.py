@@ -9,6 +9,7 @@ import uuid
 from kvzip.eval.tasks.base import GeneratedTask, Question, Sample, spread
 
 NUM_QUESTIONS = 5
+ANSWER_LEN = 96  # tokens of a sentence that says a key again and its value, as chat models do
 
 
 class RetrKV(GeneratedTask):
@@ -19,7 +20,8 @@ class RetrKV(GeneratedTask):
     metric = "contains"
     num_questions = str(NUM_QUESTIONS)
     instruction = "Extract the value corresponding to the specified key in the JSON object below."
-    max_new_tokens = 64
+    max_new_tokens = ANSWER_LEN
+    version = 2
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
         pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(num_items)]
@@ -39,7 +41,8 @@ class RetrPrefixSuffix(GeneratedTask):
     metric = "contains"
     num_questions = str(NUM_QUESTIONS)
     instruction = "Find the string in the list below that starts and ends as asked."
-    max_new_tokens = 48
+    max_new_tokens = ANSWER_LEN
+    version = 2
     edge_len = 5
 
     def make(self, rng: random.Random, num_items: int, index: int) -> Sample:
