@@ -17,6 +17,7 @@ from kvzip.eval.tasks import get_task
 from kvzip.eval.tasks.base import Sample
 from kvzip.eval.tasks.mix import num_pairs
 from kvzip.eval.tasks.repoqa import GAP, MAX_LINES, RepoQA
+from kvzip.eval.tasks.retrieval import ANSWER_LEN
 
 FITTED = ["icl-many-shot", "repoqa", "mix-repoqa-kv", "ruler-multikey", "ruler-fwe", "ruler-cwe"]
 
@@ -111,7 +112,7 @@ def test_pairs_stand_evenly_between_functions_and_are_asked_in_turn() -> None:
     assert [num_pairs(n) for n in (800, 16_000, 68_000, 128_000)] == [8, 23, 100, 100]
     (sample,) = get_task("mix-repoqa-kv").samples(settings(30_000, limit=1))
     assert [question.part for question in sample.questions] == ["repoqa", "kv"] * 4
-    assert {question.max_new_tokens for question in sample.questions if question.part == "kv"} == {64}
+    assert {question.max_new_tokens for question in sample.questions if question.part == "kv"} == {ANSWER_LEN}
     places = [found.start() / len(sample.context) for found in re.finditer(r'^"[\w-]{36}": "', sample.context, re.M)]
     assert len(places) == 44
     assert all(abs(place - (i + 1) / 44) < 0.05 for i, place in enumerate(places))

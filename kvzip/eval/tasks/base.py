@@ -60,9 +60,9 @@ class TaskSettings:
 class Task(ABC):
     """A task of the registry.
 
-    version: counts up when its samples, its metric or the length of its answers change.  source: where it was described.
-    instruction: stands before the context in the user's turn.  max_new_tokens: of an answer.  num_questions: of a
-    context, in words.
+    version: counts up when its samples, its metric or the length of its answers change.  source: where it was
+    described.  instruction: stands before the context in the user's turn.  max_new_tokens: of an answer.
+    num_questions: of a context, in words.
     reads: what a file of the user holds, or None where the task reads none.
     """
 
