@@ -11,26 +11,43 @@ import pytest
 CODE = """
 import gc, json, sys, kvzip
 from kvzip.memory import rss_nbytes
-name, keep_ratio, text = sys.argv[1], float(sys.argv[2]), sys.stdin.read()
+name, options, text = sys.argv[1], json.loads(sys.argv[2]), sys.stdin.read()
 llm = kvzip.load(name)
-llm.compress(text[:4000], 0.5).ask("What is this?", max_new_tokens=2)  # what the libraries allocate once
+llm.compress(text[:4000], **options).ask("What is this?", max_new_tokens=2)  # what the libraries allocate once
 gc.collect()
 before = rss_nbytes()
-context = llm.compress(text, keep_ratio)
+context = llm.compress(text, **options)
 gc.collect()
 print(json.dumps({"grown": rss_nbytes() - before, **context.stats}))
 """
 
 
+def stats_of(text: str, **options: object) -> dict:
+    """What a fresh process holds more after compressing `text` than before, beside the context's own numbers."""
+    run = subprocess.run(
+        [sys.executable, "-c", CODE, "smollm2-135m", json.dumps(options)],
+        input=text, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found: dict = json.loads(run.stdout.strip().splitlines()[-1])
+    return found
+
+
+SPARE = 48 * 2**20  # what else a process picks up on the way
+
+
 @pytest.mark.real
 def test_resident_memory_falls_with_the_keep_ratio_after_six_thousand_tokens(articles: list[dict]) -> None:
-    text = "\n\n".join(a["text"] for a in articles)[:28_000]
-    run = subprocess.run(
-        [sys.executable, "-c", CODE, "smollm2-135m", "0.3"], input=text, capture_output=True, text=True, check=True
-    )
-    stats = json.loads(run.stdout.strip().splitlines()[-1])
+    stats = stats_of("\n\n".join(a["text"] for a in articles)[:28_000], keep_ratio=0.3)
     assert stats["context_len"] > 5500
     wanted = 0.3 * stats["full_kv_nbytes"]
     assert abs(stats["kv_nbytes"] / wanted - 1) < 0.02
-    spare = 48 * 2**20  # what else a process picks up on the way
-    assert stats["grown"] < wanted + spare < 0.6 * stats["full_kv_nbytes"]
+    assert stats["grown"] < wanted + SPARE < 0.6 * stats["full_kv_nbytes"]
+
+
+@pytest.mark.real
+def test_resident_memory_falls_with_the_bits_of_a_number(articles: list[dict]) -> None:
+    """All pairs in four bits, scales counted: at most 0.30 of float16, which is half of this dtype."""
+    stats = stats_of("\n\n".join(a["text"] for a in articles)[:16_000], method="int4")
+    assert stats["keep_ratio"] == 1 and stats["context_len"] > 3000
+    assert stats["kv_nbytes"] < 0.15 * stats["full_kv_nbytes"]
+    assert stats["grown"] < 0.15 * stats["full_kv_nbytes"] + SPARE < 0.6 * stats["full_kv_nbytes"]
