@@ -31,6 +31,7 @@ def case(llm: kvzip.LLM, articles: list[dict], tmp_path_factory: pytest.TempPath
         patch.setenv("KVZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         for kind in PROFILERS:
             llm.calibrate(kind, articles[1]["text"])
+        llm.distill([articles[1]["text"]])
         yield SimpleNamespace(
             llm=llm, prefilled=llm.prefill(article["text"]), question=article["questions"][0][0], text=article["text"]
         )
