@@ -24,7 +24,7 @@ from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.fetch.base import BaseFetch
 from kvzip.hf.geometry import Geometry
 from kvzip.hf.prefill import PrefillCache, Replay, Watch, read_watched, replay
-from kvzip.hf.projections import entering_streams, input_norms, output_weights
+from kvzip.hf.projections import attention_inputs, entering_streams, input_norms, output_weights
 from kvzip.methods import Method
 from kvzip.ops.ragged import cu_seqlens_of, pack, pack_bits
 from kvzip.ops.rope import shift_keys
@@ -91,18 +91,25 @@ class FullContext:
 
     @torch.inference_mode()
     def prefill(
-        self, block_len: int = PREFILL_BLOCK, progress: Progress = silent, scorer_name: str | None = None
+        self,
+        block_len: int = PREFILL_BLOCK,
+        progress: Progress = silent,
+        scorer_name: str | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """Read what was not read yet of prefix and context, `block_len` tokens a forward pass.
 
         scorer_name: shown the queries on the way, where it needs them, so that `score` by it reads nothing again. Its
-        time is no part of `prefill_s`.  Raises as `make_scorer`, before any work.
+        time is no part of `prefill_s`.  profile: of the model, where the scorer needs it.
+        Raises as `make_scorer`, before any work.
         """
         started, watch_s = time.perf_counter(), self._watch_s
         with ExitStack() as stack:
             if scorer_name is not None and not self.cache.length:
                 scorer = self.make_scorer(scorer_name)
                 if scorer.needs & WHILE_READING:
+                    if profile is not None:
+                        scorer.learn(profile)
                     self._watched = scorer_name, scorer
                     stack.enter_context(self._watching(scorer))
             self._read(self.cache.length, block_len, "prefill", progress)
@@ -132,7 +139,10 @@ class FullContext:
         with ExitStack() as stack:
             streams: dict[int, Tensor] = {}
             weights: dict[int, Tensor] = {}
+            inputs: dict[int, Tensor] = {}
             with_outputs = "attention_outputs" in observer.needs
+            if with_inputs := "attention_inputs" in observer.needs:
+                inputs = stack.enter_context(attention_inputs(model, geometry))
             if with_outputs:
                 streams = stack.enter_context(entering_streams(model, geometry))
                 weights = output_weights(model, geometry)
@@ -142,11 +152,13 @@ class FullContext:
                 if with_outputs:
                     stream = streams[layer][-reading.query.shape[1] :]
                     reading = replace(reading, stream=stream, output_weights=weights[layer])
+                if with_inputs:
+                    reading = replace(reading, inputs=inputs.pop(layer)[-reading.query.shape[1] :])
                 observer.watch(geometry.full_layers.index(layer), reading)
                 self._watch_s += time.perf_counter() - started
 
             start = self.length - min(observer.num_queries, self.context_ids.numel())
-            self.cache.set_watch(Watch(self.prefix_ids.numel(), start, observe, last, with_outputs))
+            self.cache.set_watch(Watch(self.prefix_ids.numel(), start, observe, last, with_outputs or with_inputs))
             stack.callback(self.cache.set_watch, None)
             yield
 
@@ -177,10 +189,10 @@ class FullContext:
         else:
             scorer = self.make_scorer(scorer_name)
             self._watched = watched
+            if profile is not None:
+                scorer.learn(profile)
             if scorer.needs & WHILE_READING:
                 self.read_again(scorer, progress=progress)
-        if profile is not None:
-            scorer.learn(profile)
         observer = scorer if queries is None else Together([scorer, queries])
         self._replay_and_read(observer, chunk_len, faithful, local, progress)
         return scorer.scores()

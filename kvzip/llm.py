@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvzip.chunks import CHUNK_LEN, RepeatPrompts, fit_chunk_len
 from kvzip.compress import Engine, FullContext
 from kvzip.compressed import CompressedContext
 from kvzip.context import RaggedContext, SavedTail
+from kvzip.distill import Distillation, distill
 from kvzip.errors import InputError
 from kvzip.generation import Generator, check_text
 from kvzip.hf.fingerprint import fingerprint
@@ -26,12 +28,14 @@ from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
 from kvzip.parts import Part
 from kvzip.prefilled import Prefilled, Texts
-from kvzip.profilers import SHARING, get_profiler
+from kvzip.profilers import DISTILLED, SHARING, get_profiler
 from kvzip.profiles import kind_needed, load_profile, save_profile
 from kvzip.progress import Progress, silent
 from kvzip.scorers.base import Profile
+from kvzip.scorers.distilled import num_features
 from kvzip.session import Session
 from kvzip.sharing import find_shared_layers, load_shared_layers, passages, save_shared_layers
+from kvzip.surrogates import load_surrogate
 
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
@@ -184,6 +188,20 @@ class LLM:
         profile = full.profile(profiler, chunk_len, local=local, progress=progress)
         return save_profile(kind, self.fingerprint, profile, source)
 
+    def distill(
+        self, texts: Sequence[str], source: str = "", *, seed: int = 0, progress: Progress = silent
+    ) -> Distillation:
+        """Fit what `kvzip-fast` foretells scores with, once a model, and keep it; minutes on a CPU.
+
+        texts: joined; best 10,000 tokens or more of the kind that will be compressed.  source: a name for them, kept in
+        the file.  seed: which fifth of them is held out to report agreement.  Raises InputError, ContextLengthError,
+        ModelError for a model whose attention inputs can't be watched, or FileError.
+        """
+        for text in texts:
+            check_text(text)
+        prefix_ids, ids = torch.tensor(self.prefix_ids(), dtype=torch.int64), self.tokenize("\n\n".join(texts))
+        return distill(self.engine(), self.fingerprint, prefix_ids, ids, source=source, seed=seed, progress=progress)
+
     def profile_for(self, needs: frozenset[str], geometry: Geometry | None = None) -> Profile | None:
         """The profile that a part with these needs is to be shown, or None. Raises ModelError where it is missing.
 
@@ -192,7 +210,12 @@ class LLM:
         kind = kind_needed(needs)
         if kind is None:
             return None
-        full_layers, profile = self.geometry.full_layers, load_profile(kind, self.fingerprint, self.geometry.full_shape)
+        full_layers, shape = self.geometry.full_layers, self.geometry.full_shape
+        if kind == DISTILLED:
+            size = self.model.config.get_text_config(decoder=True).hidden_size
+            profile = load_surrogate(self.fingerprint, shape, num_features(size, shape[1]))
+        else:
+            profile = load_profile(kind, self.fingerprint, shape)
         stored = [full_layers.index(layer) for layer in (geometry or self.geometry).full_layers]
         return {name: values[stored] for name, values in profile.items()}
 

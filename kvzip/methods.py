@@ -56,6 +56,9 @@ ALIASES = {
     "kvzip": Alias(
         "reconstruction+global", "what the model needs to repeat the text (the default)", "KVzip, arXiv 2505.23416"
     ),
+    "kvzip-fast": Alias(
+        "distilled+global", "kvzip without a replay: scores foretold while the text is read", "KVzap, arXiv 2601.07891"
+    ),
     "kvzip-head": Alias("head-profile+head", "whole heads, by a profile of the model", "KVzip, arXiv 2505.23416"),
     "kvzip-plus": Alias(
         "reconstruction-plus+global", "kvzip, times what a pair adds to the stream", "KVzip+, arXiv 2601.07891"

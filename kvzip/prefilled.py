@@ -52,7 +52,8 @@ class Prefilled:
         self.llm, self.texts, self.geometry = llm, texts, geometry or llm.geometry
         self._full = FullContext(llm.engine(self.geometry), prefix_ids, context_ids)
         self._chunk_len(CHUNK_LEN)  # refuse before reading
-        self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer))
+        profile = None if scorer is None else llm.profile_for(scorer_class(scorer.name).needs, self.geometry)
+        self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer), profile=profile)
         self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
         self._queries: dict[tuple[int, bool], ReplayedQueries] = {}
         self._shared: dict[tuple[tuple[int, int], ...], Prefilled] = {}

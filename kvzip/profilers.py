@@ -129,6 +129,7 @@ class DuoProfiler(Profiler):
         return {"retrieval_scores": (self._mass / self.num_queries).float()}
 
 
+DISTILLED = "distilled"  # a kind of profile that is fitted to several texts: `kvzip.distill`
 SHARING = "kvsharer"  # a kind of profile that needs several passes of the model: `kvzip.sharing`
 PROFILERS: dict[str, type[Profiler]] = {"baklava": BaklavaProfiler, "duo": DuoProfiler, "head": HeadProfiler}
 

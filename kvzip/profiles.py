@@ -13,7 +13,7 @@ import torch
 from kvzip.errors import ModelError
 from kvzip.files import write_whole
 from kvzip.models.cache import cache_dir
-from kvzip.profilers import PROFILERS, get_profiler
+from kvzip.profilers import DISTILLED, PROFILERS, get_profiler
 from kvzip.scorers.base import Profile
 
 
@@ -66,4 +66,4 @@ def load_profile(kind: str, fingerprint: str, shape: tuple[int, int]) -> Profile
 
 def kind_needed(needs: frozenset[str]) -> str | None:
     """The kind of profile among the needs of a part, or None; no part needs two."""
-    return next((kind for kind in PROFILERS if f"{kind}_profile" in needs), None)
+    return next((kind for kind in (*PROFILERS, DISTILLED) if f"{kind}_profile" in needs), None)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.bench import measure, plots, scale
 from kvzip.bench.compress import bench_compress
 from kvzip.bench.decode import bench_decode
+from kvzip.bench.distill import bench_distill
 from kvzip.bench.memory import bench_memory
 from kvzip.bench.open import bench_open
-from kvzip.bench.replay import bench_replay, rank_correlation
+from kvzip.bench.replay import bench_replay
 from kvzip.bench.report import load_results, results_page
 from kvzip.bench.sections import SECTIONS
 from kvzip.bench.synthetic import head_counts, random_context
@@ -29,8 +30,10 @@ PARAGRAPHS = [
 
 
 @pytest.fixture(scope="module")
-def tiny() -> kvzip.LLM:
-    return kvzip.wrap(tiny_model("gemma3", seed=3), tiny_tokenizer())
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kvzip.LLM]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield kvzip.wrap(tiny_model("gemma3", seed=3), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,9 @@ def squad(tmp_path_factory: pytest.TempPathFactory) -> str:
 def results(tiny: kvzip.LLM, squad: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a result of every benchmark."""
     folder = tmp_path_factory.mktemp("results")
+    tiny.distill(["Neither lamps nor towers, but a text of some length about nothing. " * 8], "a test")
     found = [
+        bench_distill(tiny, 600, 2, squad),
         bench_compress(tiny, 300, 0.3, 2),
         bench_open(tiny, 300, 0.3, 2),
         bench_memory(tiny, 300, 0.3, 1),
@@ -76,7 +81,7 @@ def test_the_page_shows_every_result_and_its_picture(results: Path, tmp_path: Pa
     pictures = plots.draw(load_results(results), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures.values()) == ["decode.svg", "scale.svg"]
     page = results_page(results, pictures)
-    assert page.count("How these were measured:") == 6
+    assert page.count("How these were measured:") == 7
     assert all(f"]({name})" in page for name in pictures.values())
     assert "nan" not in page and str(Path.home()) not in page
 
@@ -132,13 +137,6 @@ def test_a_random_context_has_the_shape_that_it_says(tiny: kvzip.LLM) -> None:
     assert [layer.window for layer in data.layers] == [layer.window for layer in tiny.geometry.layers]
     per_head = [counts for counts, layer in zip(data.pairs_per_head, data.layers, strict=True) if layer.window is None]
     assert data.keep_mask.sum(-1).tolist() == per_head
-
-
-def test_rank_correlation() -> None:
-    first = torch.randn(500)
-    assert rank_correlation(first, first.exp()) == pytest.approx(1)
-    assert rank_correlation(first, -first) == pytest.approx(-1)
-    assert abs(rank_correlation(first, torch.randn(500))) < 0.2
 
 
 def test_a_command_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def test_help_is_quick_and_light(tmp_path):
     used = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
     assert done.returncode == 0
     assert used < 0.4, f"{used:.2f} s of processor time"
-    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate"):
+    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate", "distill"):
         assert re.search(rf"^  {name} .*\.$", done.stdout, re.MULTILINE), name  # with its whole line of help
 
 
@@ -50,7 +50,9 @@ def test_version(tmp_path):
     assert run("--version", cwd=tmp_path).stdout == f"kvzip {kvzip.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate"])
+@pytest.mark.parametrize(
+    "name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate", "distill"]
+)
 def test_every_command_shows_examples(name, tmp_path):
     done = run(name, "--help", cwd=tmp_path)
     assert done.returncode == 0

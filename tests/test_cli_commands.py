@@ -180,6 +180,30 @@ def test_calibrate_serves_the_methods_that_need_it(tiny, tmp_path, monkeypatch, 
     assert call(monkeypatch, capsys, tmp_path, *compress)[0] == 0
 
 
+def test_distill_serves_kvzip_fast(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KVZIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    compress = ["compress", "text.txt", "-m", tiny, "--method", "kvzip-fast", "-r", "0.5"]
+    code, _, err = call(monkeypatch, capsys, tmp_path, *compress)
+    assert code == 1 and "kvzip distill -m MODEL" in err and err.count("\n") == 1
+    args = ["distill", "-m", tiny, "--text", "text.txt", "--text", "other.txt", "--seed", "1"]
+    made = json.loads(call(monkeypatch, capsys, tmp_path, *args, "--json")[1])
+    assert made["source"] == "text.txt, other.txt" and made["seed"] == 1 and Path(made["path"]).is_file()
+    assert 0 < made["num_held_out"] < made["num_tokens"] and set(made["overlap"]) == {"0.5", "0.3"}
+    code, out, err = call(monkeypatch, capsys, tmp_path, *args)
+    assert (code, err) == (0, "") and made["path"] in out
+    assert f"{made['rank_correlation']:.3f} with the scores of a replay" in out and "overlap at 0.3" in out
+    assert call(monkeypatch, capsys, tmp_path, *compress)[0] == 0
+
+
+def test_what_can_not_be_distilled_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.txt").write_text("Short.")
+    for name, reason in (("short.txt", "give at least 200"), ("missing.txt", "missing.txt")):
+        code, out, err = call(monkeypatch, capsys, tmp_path, "distill", "-m", tiny, "--text", name)
+        assert code == 1 and not out and reason in err and err.count("\n") == 1
+
+
 def test_what_can_not_be_calibrated_is_refused(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "short.txt").write_text("Short.")
     code, _, err = call(monkeypatch, capsys, tmp_path, "calibrate", "--method", "baklawa", "-m", tiny)

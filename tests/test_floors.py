@@ -32,7 +32,7 @@ FLOORS = [
     ],
     ["kvzip.backends", "kvzip.store", "kvzip.models.catalogue", "kvzip.models.cache"],
     ["kvzip.hf", "kvzip.models"],
-    ["kvzip.compress", "kvzip.generation", "kvzip.profiles", "kvzip.sharing"],
+    ["kvzip.compress", "kvzip.generation", "kvzip.profiles", "kvzip.sharing", "kvzip.surrogates", "kvzip.distill"],
     [
         "kvzip.options",
         "kvzip.session",
@@ -59,7 +59,7 @@ LIBRARIES = {
     "huggingface_hub": ["kvzip.models", "kvzip.eval.tasks.hub"],
     "gguf": ["kvzip.models"],
     "filelock": ["kvzip.models"],
-    "safetensors": ["kvzip.store.files", "kvzip.models"],
+    "safetensors": ["kvzip.store.files", "kvzip.models", "kvzip.surrogates"],
     "numpy": ["kvzip.models"],
     "rich": ["kvzip.cli", "kvzip.inspect"],
     "typer": ["kvzip.cli"],

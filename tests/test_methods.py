@@ -31,6 +31,7 @@ def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setenv("KVZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         for kind in PROFILERS:
             llm.calibrate(kind, 2 * TEXT)
+        llm.distill([2 * TEXT])
         yield llm
 
 

@@ -33,6 +33,7 @@ def case(llm: kvzip.LLM, articles: list[dict], tmp_path_factory: pytest.TempPath
         patch.setenv("KVZIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         for kind in PROFILERS:
             llm.calibrate(kind, articles[1]["text"][:2400])
+        llm.distill([articles[1]["text"][:2400]])
         yield SimpleNamespace(llm=llm, prefilled=llm.prefill(text), question=article["questions"][0][0], text=text)
 
 

@@ -13,6 +13,7 @@ from kvzip.bench.texts import bench_questions, bench_text
 from kvzip.eval.fidelity import fidelity, make_reference
 from kvzip.llm import LLM
 from kvzip.methods import Method, parse_method
+from kvzip.ops.regression import rank_correlation
 from kvzip.options import CompressOptions
 from kvzip.prefilled import Prefilled
 from kvzip.scorers import get_scorer
@@ -104,9 +105,3 @@ class TimedScorer(BaseScorer):
 
     def scores(self) -> Tensor:
         return self.scorer.scores()
-
-
-def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's, over all entries."""
-    ranks = torch.stack([t.flatten().argsort().argsort() for t in (first, second)]).double()
-    return float(torch.corrcoef(ranks)[0, 1])

@@ -138,6 +138,34 @@ def replay(results: list[Result]) -> str:
     )
 
 
+def distill(results: list[Result]) -> str:
+    """Foretold scores against those of a replay."""
+    head = [
+        "model", "tokens", "scorer / prefill", "replay / prefill", "rank correlation", "overlap 0.5", "overlap 0.3",
+        "KL 0.5, kvzip", "KL 0.5, kvzip-fast", "times", "KL 0.3, kvzip", "KL 0.3, kvzip-fast", "times", "learned from",
+    ]  # fmt: skip
+    rows = [
+        [
+            *_subject(r),
+            figure(r, "fast_over_prefill", lambda v: f"{v:.3f}", "x"),
+            times(r, "kvzip_over_prefill"),
+            *[f"{_median(r, name):.3f}" for name in ("rank_correlation", "overlap_0.5", "overlap_0.3")],
+            *[cell for ratio in ("0.5", "0.3") for cell in _losses(r, ratio)],
+            r["learned_from"],
+        ]
+        for r in results
+    ]
+    return _section(
+        "Foretold scores",
+        "`kvzip-fast` on text that its weights were not fitted to. The scorer's time is by its own clock, over "
+        "that of the prefill it watches; the replay's is that of `kvzip`. Rank correlation (Spearman) is that of all "
+        "scores, overlap the share of the pairs kept by `kvzip` that `kvzip-fast` keeps too, one budget for all layers "
+        "and heads. KL is as above; `times` is the mean of `kvzip-fast` over that of `kvzip`.",
+        head,
+        rows,
+    )
+
+
 def decode(results: list[Result]) -> str:
     """Attention alone, whole tokens, four questions at once."""
     attention = _section(
@@ -303,6 +331,13 @@ def _mean(result: Result, name: str) -> str:
     return f"{mean:.4f} ± {error:.4f}"
 
 
+def _losses(result: Result, ratio: str) -> list[str]:
+    """KL of both methods, and the ratio of the means."""
+    names = f"kvzip_kl_{ratio}", f"fast_kl_{ratio}"
+    kvzip, fast = (sum(result["figures"][name]["values"]) / result["figures"][name]["n"] for name in names)
+    return [*[_mean(result, name) for name in names], f"{fast / kvzip:.2f}x"]
+
+
 def _read_rate(result: Result) -> str:
     rate, most = _median(result, "attention_bytes_per_s"), result["ceilings"]["read_bytes_per_s"]
     return f"{rate / 1e9:.1f} GB/s ({100 * rate / most:.0f}%)"
@@ -340,6 +375,7 @@ SECTIONS: dict[str, Callable[[list[Result]], str]] = {
     "parity": parity,
     "agreement": agreement,
     "replay": replay,
+    "distill": distill,
     "decode": decode,
     "open": open_,
     "memory": memory,

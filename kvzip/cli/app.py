@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvzip._version import __version__
-from kvzip.cli import ask, bench, calibrate, chat, compress, demo, eval, inspect, methods, models
+from kvzip.cli import ask, bench, calibrate, chat, compress, demo, distill, eval, inspect, methods, models
 from kvzip.cli.border import Command
 from kvzip.cli.options import examples
 
@@ -35,6 +35,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
 app.command("eval", cls=Command, epilog=eval.EPILOG)(eval.eval_)
 app.command(cls=Command, epilog=calibrate.EPILOG)(calibrate.calibrate)
+app.command(cls=Command, epilog=distill.EPILOG)(distill.distill)
 
 
 def _print_version(wanted: bool) -> None:

@@ -102,6 +102,21 @@ def replay(
 
 
 @app.command(cls=Command, epilog=EPILOG)
+def distill(
+    model: Model,
+    text: Annotated[
+        str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: text not learned from, and its questions.")
+    ],
+    context_len: ContextLen = 2000, runs: Runs = 3, threads: Threads = None, json_file: JsonFile = None,
+    dtype: DType = "auto", device: Device = "auto", quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Foretold scores (kvzip-fast) against a replay: time, overlap, effect on answers. After `kvzip distill`."""
+    from kvzip.bench.distill import bench_distill
+
+    _run(bench_distill, (context_len, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
 def scale(
     context_len: Annotated[
         list[int] | None, typer.Option("--context-len", metavar="N", help="Tokens; give it again for more lengths.")

@@ -19,8 +19,8 @@ def complete_method(incomplete: str) -> list[str]:
     """Names of methods, for the shell; spelled out here because the registry imports torch."""
     names = (
         "adakv", "baklava", "clusterkv", "duo-attention", "expected-attention", "h2o", "int4", "int8", "k8v4",
-        "kvsharer", "kvzip", "kvzip+int4", "kvzip+k8v4", "kvzip+layer", "kvzip+uniform", "kvzip-head", "kvzip-plus",
-        "l2-norm", "leankv", "pyramidkv", "random", "refreekv", "snapkv", "streaming-llm", "tova",
+        "kvsharer", "kvzip", "kvzip+int4", "kvzip+k8v4", "kvzip+layer", "kvzip+uniform", "kvzip-fast", "kvzip-head",
+        "kvzip-plus",        "l2-norm", "leankv", "pyramidkv", "random", "refreekv", "snapkv", "streaming-llm", "tova",
     )  # fmt: skip
     return [name for name in names if name.startswith(incomplete)]
 

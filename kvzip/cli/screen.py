@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TITLES = {
     "prefill": "Reading",
     "score": "Scoring",
+    "distill": "Distilling",
     "eval": "Evaluating",
     "asking the hub": "Asking the hub",
     "downloading": "Downloading",
@@ -28,7 +29,13 @@ TITLES = {
     "converting": "Converting",
     "waiting for another process": "Waiting for another process",
 }
-UNITS = {"prefill": "tokens", "score": "tokens", "eval": "rows", "converting": "tensors"}  # bytes elsewhere
+UNITS = {
+    "prefill": "tokens",
+    "score": "tokens",
+    "distill": "tokens",
+    "eval": "rows",
+    "converting": "tensors",
+}  # bytes elsewhere
 MIN_RATE_S = 0.2  # seconds before a rate means something
 
 

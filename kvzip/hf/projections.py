@@ -18,6 +18,34 @@ from kvzip.hf.geometry import Geometry
 
 
 @contextmanager
+def attention_inputs(model: PreTrainedModel, geometry: Geometry) -> Iterator[dict[int, Tensor]]:
+    """The last inputs [T, E] (batch 1) of each full-attention layer's attention, kept up to date.
+
+    A layer's inputs are there before its attention is computed. Whoever takes them out by then (`pop`) has those of one
+    layer in memory at a time, and they are no copies.  Raises ModelError where a layer's attention is not found.
+    """
+    found: dict[int, Tensor] = {}
+
+    def hook_of(index: int) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[index] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]
+
+        return hook
+
+    modules = _attention_modules(model)
+    if missing := [index for index in geometry.full_layers if index not in modules]:
+        raise ModelError(
+            f"the attention of layer {missing[0]} of {type(model).__name__} is not found, so its inputs can't be "
+            "watched: take a method that needs none, as kvzip"
+        )
+    with ExitStack() as stack:
+        for index in geometry.full_layers:
+            handle = modules[index].register_forward_pre_hook(hook_of(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield found
+
+
+@contextmanager
 def input_norms(model: PreTrainedModel, geometry: Geometry) -> Iterator[dict[int, Tensor]]:
     """Norms [T] float32 of the last inputs (batch 1) of each full-attention layer's attention, kept up to date."""
     found: dict[int, Tensor] = {}

@@ -7,6 +7,7 @@ from kvzip.scorers.base import BaseScorer
 
 SCORERS = {
     "accumulated": "kvzip.scorers.accumulated:AccumulatedScorer",
+    "distilled": "kvzip.scorers.distilled:DistilledScorer",
     "expected": "kvzip.scorers.expected:ExpectedScorer",
     "head-profile": "kvzip.scorers.head_profile:HeadProfileScorer",
     "key-norm": "kvzip.scorers.key_norm:KeyNormScorer",

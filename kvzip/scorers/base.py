@@ -16,14 +16,16 @@ NEEDS = {
     "replay_queries": "the queries of the model while it repeats the context, chunk by chunk",
     "hidden_states": "with replay_queries: norms of the attention's inputs, and its output projection",
     "attention_outputs": "with queries of the context: what each head puts out, and what the layer adds to the stream",
+    "attention_inputs": "what enters the attention of each layer while the context is read, and keys and values",
     "head_profile": "the largest score of each KV head, made once per model by `kvzip calibrate --method head`",
     "baklava_profile": "the importance of heads and layers, made once by `kvzip calibrate --method baklava`",
     "duo_profile": "how far back each KV head looks, made once by `kvzip calibrate --method duo`",
+    "distilled_profile": "how scores follow from the attention's inputs, made once by `kvzip distill`",
 }
-WHILE_READING = frozenset({"window_queries", "prefill_queries"})
+WHILE_READING = frozenset({"window_queries", "prefill_queries", "attention_inputs"})
 
 Shape = tuple[int, int, int]
-Profile = Mapping[str, Tensor]  # what is known of a model once: values [Lf, Hkv] or [Lf], float32, by name
+Profile = Mapping[str, Tensor]  # what is known of a model once: values [Lf, ...], float32, by name
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Reading:
     prefix_len: tokens before the context.  scale, softcap: the model's own.  inv_freq: [R/2], its rotary frequencies.
     Where attention outputs are needed: values [Hkv, T, D] of these tokens, outputs [Hq, T, D] of their query heads,
     stream [T, E], the residual stream that enters the layer, and output_weights [Hq, D, E] as in `Observation`.
+    Where attention inputs are needed: values, outputs, and inputs [T, E] of the attention, after its input norm.
     """
 
     query: Tensor
@@ -71,6 +74,7 @@ class Reading:
     values: Tensor | None = None
     outputs: Tensor | None = None
     stream: Tensor | None = None
+    inputs: Tensor | None = None
     output_weights: Tensor | None = None
 
     @property
