@@ -15,7 +15,8 @@ from safetensors.torch import save
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
-from kvzip.compress import CHUNK_LEN, FullContext, chunk_slices
+from kvzip.chunks import CHUNK_LEN, chunk_slices
+from kvzip.compress import FullContext
 from kvzip.distill import MIN_LEN, Distiller, fit_surrogate, split_contexts
 from kvzip.errors import FileError, InputError, ModelError
 from kvzip.methods import parse_method
@@ -58,9 +59,6 @@ def qwen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kvzip.LLM:
 def weights_of(llm: kvzip.LLM) -> dict[str, torch.Tensor]:
     shape = llm.geometry.full_shape
     return dict(load_surrogate(llm.fingerprint, shape, num_features(llm.model.config.hidden_size, shape[1])))
-
-
-# ---- the fit
 
 
 def solved(inputs: torch.Tensor, targets: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +119,6 @@ def test_contexts_are_of_one_length_and_are_one_chunk() -> None:
 def test_places_are_those_in_the_chunks_of_a_replay(length: int) -> None:
     expected = [torch.arange(c.stop - c.start) / (c.stop - c.start) for c in chunk_slices(length, CHUNK_LEN)]
     torch.testing.assert_close(distilled.places(length), torch.cat(expected))
-
-
-# ---- from texts to weights
 
 
 def slow_fit(llm: kvzip.LLM, contexts: list[torch.Tensor], penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,9 +204,6 @@ def test_texts_that_do_not_do_are_refused(qwen: kvzip.LLM) -> None:
         qwen.distill([TEXT, " "])
     with pytest.raises(InputError, match="0 tokens"):
         qwen.distill([])
-
-
-# ---- the scorer
 
 
 @torch.inference_mode()
@@ -309,9 +301,6 @@ def test_a_model_whose_attention_is_not_found_is_refused(qwen: kvzip.LLM, monkey
     assert "\n" not in str(caught.value)
 
 
-# ---- how weights are kept
-
-
 def refused(llm: kvzip.LLM, match: str) -> None:
     with pytest.raises(ModelError, match=match) as caught:
         llm.compress(OTHER, 0.5, method="kvzip-fast")
@@ -379,9 +368,6 @@ def test_weights_are_written_whole_or_not_at_all(
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="set KVZIP_CACHE"):
         save_surrogate(qwen.fingerprint, weights, "another")
-
-
-# ---- a real model
 
 
 @pytest.mark.real
