@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("squad", type=Path, help="SQuAD JSON")
     parser.add_argument("--learn", required=True, metavar="FIRST-LAST", help="articles, counted from 0")
     parser.add_argument("--hold-out", required=True, metavar="FIRST-LAST")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of STEM-LEARN.txt and STEM-HOLD_OUT.json")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of what is written")
     args = parser.parse_args()
     articles = json.loads(args.squad.read_text(encoding="utf-8"))["data"]
     args.output.mkdir(parents=True, exist_ok=True)
