@@ -62,8 +62,8 @@ bench: venv ## Measure on this machine, and write docs/results.md anew; hours, a
 	done; done
 	$(BIN)/python bench/articles.py $(BENCH_TEXT) --learn 0-9 --hold-out 13-15 -o build/articles
 	set -e; for model in $(BENCH_MODELS); do \
-	  $(BIN)/kvzip distill -m $$model --text build/articles/learn.txt; \
-	  $(BIN)/kvzip bench distill -m $$model --context-len 2000 --text build/articles/held-out.json \
+	  $(BIN)/kvzip distill -m $$model --text build/articles/$(basename $(notdir $(BENCH_TEXT)))-0-9.txt; \
+	  $(BIN)/kvzip bench distill -m $$model --context-len 2000 --text build/articles/$(basename $(notdir $(BENCH_TEXT)))-13-15.json \
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/distill-$$model-2000.json; \
 	done
 	$(BIN)/kvzip bench scale --json $(RESULTS)/scale.json
