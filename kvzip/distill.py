@@ -21,7 +21,7 @@ from kvzip.errors import InputError
 from kvzip.ops.regression import LeastSquares, kept_overlap, rank_correlation
 from kvzip.progress import Progress, silent
 from kvzip.scorers.base import Observer, Profile, Reading
-from kvzip.scorers.distilled import features
+from kvzip.scorers.distilled import features, places
 from kvzip.surrogates import save_surrogate
 
 CONTEXT_LEN = CHUNK_LEN  # tokens of a context, about: a replay repeats so many at a time
@@ -103,9 +103,10 @@ class _Collector(Observer):
         num_layers, num_kv_heads, context_len = scores.shape
         super().__init__((num_layers, num_kv_heads, context_len))
         self._targets, self._sums = scores.clamp_min(LEAST_SCORE).log(), sums
+        self._places = places(context_len)
 
     def watch(self, layer: int, reading: Reading) -> None:
-        rows, first = features(reading, self.shape[2]), reading.first - reading.prefix_len
+        rows, first = features(reading, self._places), reading.first - reading.prefix_len
         if layer not in self._sums:
             self._sums[layer] = LeastSquares(rows.shape[1], self.shape[1])
         self._sums[layer].add(rows, self._targets[layer, :, first : first + len(rows)].T)

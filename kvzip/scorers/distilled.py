@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvzip.scorers.base import BaseScorer, Profile, Reading
+from kvzip.scorers.base import BaseScorer, Profile, Reading, Shape
 
 CHUNK_LEN = 2000  # tokens that a replay repeats at a time: a pair's place in its chunk tells what it competes with
 LARGEST_LOG = 60.0  # far beyond what a score can be; its exponential is below PINNED
@@ -24,30 +24,34 @@ class DistilledScorer(BaseScorer):
     summary = "reconstruction, foretold from what enters the attention"
     source = "after KVzap, arXiv 2601.07891"
 
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self._places = places(shape[2])
+
     def learn(self, profile: Profile) -> None:
         """weight: [Lf, F, Hkv], bias: [Lf, Hkv], float32."""
         self._weight, self._bias = profile["weight"], profile["bias"]
 
     def watch(self, layer: int, reading: Reading) -> None:
-        rows = features(reading, self.shape[2])
+        rows = features(reading, self._places)
         weight, bias = self._weight[layer].to(rows.device), self._bias[layer].to(rows.device)
         log_scores = torch.addmm(bias, rows, weight).clamp(-LARGEST_LOG, LARGEST_LOG)
         first = reading.first - reading.prefix_len
         self._scores[layer, :, first : first + len(rows)] = log_scores.exp().T.cpu()
 
 
-def features(reading: Reading, context_len: int) -> Tensor:
+def features(reading: Reading, places: Tensor) -> Tensor:
     """What the scores of a layer's tokens are foretold from: [T, E + 4 Hkv + 2] float32.
 
     The attention's inputs; of each KV head the norm of the key, of the value, and the logarithms of both; the place of
-    the token in its chunk and the square of that.
+    the token in its chunk (places: [S], of all tokens of the context) and the square of that.
     """
     assert reading.inputs is not None and reading.values is not None
     num_tokens = reading.values.shape[1]
     pairs = torch.cat([reading.keys[:, -num_tokens:], reading.values])
     norms = torch.linalg.vector_norm(pairs.float(), dim=-1).T
     first = reading.first - reading.prefix_len
-    place = places(context_len)[first : first + num_tokens, None].to(norms.device)
+    place = places[first : first + num_tokens, None].to(norms.device)
     return torch.cat([reading.inputs.float(), norms, norms.clamp_min(TINY).log(), place, place.square()], dim=1)
 
 
