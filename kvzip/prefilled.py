@@ -150,8 +150,9 @@ class Prefilled:
         key, started = (options.chunk_len, self._is_local(options)), time.perf_counter()
         if key in self._queries:
             return self._queries[key], 0.0
-        found = self._queries[key] = ReplayedQueries(self._shape)
+        found = ReplayedQueries(self._shape)
         self._full.replay(found, self._chunk_len(options.chunk_len), local=key[1], progress=progress)
+        self._queries[key] = found  # only now: a replay that was interrupted has shown a part
         return found, time.perf_counter() - started
 
     def _score(self, method: Method, options: CompressOptions, progress: Progress) -> Tensor:
@@ -159,8 +160,8 @@ class Prefilled:
         queries, key = None, (options.chunk_len, self._is_local(options))
         has_replay = "replay_queries" in scorer_class(method.scorer.name).needs and not options.faithful
         if method.needs_queries and has_replay and key not in self._queries:
-            queries = self._queries[key] = ReplayedQueries(self._shape)
-        return self._full.score(
+            queries = ReplayedQueries(self._shape)
+        scores = self._full.score(
             f"{method.scorer.name}-faithful" if options.faithful else str(method.scorer),
             self._chunk_len(options.chunk_len),
             faithful=options.faithful,
@@ -169,6 +170,9 @@ class Prefilled:
             queries=queries,
             progress=progress,
         )
+        if queries is not None:
+            self._queries[key] = queries
+        return scores
 
     @property
     def _shape(self) -> Shape:

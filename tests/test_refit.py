@@ -84,6 +84,14 @@ def test_where_nothing_is_gone_there_is_nothing_to_fit() -> None:
     assert refit(attention, values, torch.ones(12, dtype=torch.bool), torch.zeros(60, 5), held_out) is None
 
 
+def test_pairs_that_no_query_looks_at_stay_as_they_are() -> None:
+    """Their squares are too small for float32; least squares would fail."""
+    attention, values = case(5)
+    attention[:, :2] = 1e-25
+    keep_mask = torch.arange(12) < 2
+    assert refit(attention, values, keep_mask, torch.zeros(60, 5), torch.arange(60) % 4 == 3) is None
+
+
 def test_held_out_queries_judge() -> None:
     """Queries that have a pattern are helped; where the held-out ones are of another kind, nothing is changed."""
     attention, values = case(3, num_queries=400)

@@ -17,7 +17,8 @@ from kvzip.methods import parse_method
 from kvzip.ops.refit import HELD_OUT, refit
 from kvzip.ops.rope import shift_keys
 from kvzip.replayed import ReplayedQueries
-from kvzip.scorers.base import Observation, Observer, Shape
+from kvzip.scorers import SCORERS
+from kvzip.scorers.base import BaseScorer, Observation, Observer, Shape
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs away from 17 angry bees. " * 5
 
@@ -149,6 +150,38 @@ def test_it_makes_no_difference_when_queries_are_taken(case: SimpleNamespace) ->
     at_once = case.llm.compress(TEXT, 0.4, method="kvzip+refit")
     for context in (later, at_once):
         torch.testing.assert_close(logits(context), logits(whole), atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_replay_is_not_taken_for_a_whole_one(case: SimpleNamespace) -> None:
+    whole, other = made(case, "kvzip+refit", keep_ratio=0.4, chunk_len=60), case.llm.prefill(TEXT)
+    options = kvzip.CompressOptions(keep_ratio=0.4, method="kvzip+refit", chunk_len=60)
+    for scored in (False, True):  # interrupted while scoring, and while replaying for the fit alone
+        if scored:
+            other.scores(parse_method("kvzip"), 60)
+
+        def stop(_: str, done: float, total: float | None) -> None:
+            if total and done > total / 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            other.compress(options, progress=stop)
+    torch.testing.assert_close(logits(other.compress(options)), logits(whole), atol=1e-4, rtol=1e-4)
+
+
+class KeysToo(BaseScorer):
+    """Needs the replay and the keys; scores by the norms of the keys alone."""
+
+    needs = frozenset({"replay_queries", "keys"})
+
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self._scores[layer] = keys.float().norm(dim=-1)
+
+
+def test_a_scorer_beside_the_queries_is_shown_keys_too(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORERS, "keys-too", f"{__name__}:KeysToo")
+    full = case.prefilled._full
+    alone, beside = full.score("keys-too"), full.score("keys-too", queries=ReplayedQueries(full._shape))
+    assert torch.equal(alone, beside) and alone.min() > 0
 
 
 def test_other_scorers_have_the_text_replayed_for_it(case: SimpleNamespace) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_BIAS = 3.0  # weights lie in [exp(-3), exp(3)]: beyond that a fit is of noise
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal of the normal equations, tried in turn
 HELD_OUT = 4  # of so many queries one is kept from the fit and judges it
+LEAST_ATTENTION = 1e-30  # sum of squares of the kept columns; below it least squares have nothing to go by
 MAX_STEPS = 30  # of projected gradients, where a bound is reached
 
 
@@ -83,7 +84,8 @@ def fit_values(moments: Moments, weights: Tensor, values: Tensor, ridge: float) 
 
 
 def refit(attention: Tensor, values: Tensor, keep_mask: Tensor, rest: Tensor, is_held_out: Tensor) -> Fit | None:
-    """Weights and values of the kept pairs of one block, or None where the held-out queries are better off without.
+    """Weights and values of the kept pairs of one block, or None where the held-out queries are better off without, or
+    no query looks at these pairs.
 
     attention: [R, S] float32, of each query to each pair of the block.  values: [S, D] float32.  keep_mask: [S] bool.
     rest: [R, D], what each query takes from outside of the block: its outputs are attention @ values + rest.
@@ -91,6 +93,8 @@ def refit(attention: Tensor, values: Tensor, keep_mask: Tensor, rest: Tensor, is
     """
     kept, own = attention[:, keep_mask], values[keep_mask]
     mass, outputs = attention.sum(dim=1), attention @ values
+    if not float(kept[~is_held_out].square().sum()) > LEAST_ATTENTION:
+        return None
     judge = Judge(kept[is_held_out], mass[is_held_out], outputs[is_held_out], rest[is_held_out])
     seen = Moments.of(kept[~is_held_out], mass[~is_held_out], outputs[~is_held_out])
     losses = [judge.loss(Fit(torch.ones(len(own)), own))]

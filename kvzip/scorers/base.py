@@ -114,7 +114,7 @@ class Observer:
 
 
 class Together(Observer):
-    """Several observers of one replay."""
+    """Several observers of one replay, each shown what it needs."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         super().__init__(observers[0].shape)
@@ -125,6 +125,11 @@ class Together(Observer):
         for observer in self.observers:
             if "replay_queries" in observer.needs:
                 observer.observe(layer, observation)
+
+    def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        for observer in self.observers:
+            if "keys" in observer.needs:
+                observer.read(layer, keys, values)
 
 
 class BaseScorer(Observer):
