@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvzip.backends import Backend
 from kvzip.budget import Amounts
-from kvzip.chunks import CHUNK_LEN, RepeatPrompts, chunk_slices
+from kvzip.chunks import CHUNK_LEN, RepeatPrompts, chunk_slices, fit_chunk_len
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.fetch.base import BaseFetch
 from kvzip.hf.geometry import Geometry
@@ -81,6 +81,11 @@ class FullContext:
     @property
     def _shape(self) -> Shape:
         return *self.engine.geometry.full_shape, self.context_ids.numel()
+
+    def fit_chunk_len(self, chunk_len: int = CHUNK_LEN) -> int:
+        """`kvzip.chunks.fit_chunk_len` of this context and model. Raises ContextLengthError."""
+        lengths, engine = (self.prefix_ids.numel(), self.context_ids.numel()), self.engine
+        return fit_chunk_len(*lengths, engine.prompts, chunk_len, engine.geometry.max_positions)
 
     def make_scorer(self, name: str) -> BaseScorer:
         """A new scorer for this context, named with its options. Raises UnknownNameError or InputError."""

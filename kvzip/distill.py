@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvzip.chunks import CHUNK_LEN, fit_chunk_len
+from kvzip.chunks import CHUNK_LEN
 from kvzip.compress import Engine, FullContext
 from kvzip.errors import InputError
 from kvzip.ops.regression import LeastSquares, kept_overlap, rank_correlation
@@ -80,8 +80,7 @@ class Distiller:
         Raises ContextLengthError where it does not fit the positions of the model.
         """
         full = FullContext(self.engine, self.prefix_ids, context_ids)
-        lengths = self.prefix_ids.numel(), context_ids.numel()
-        chunk_len = fit_chunk_len(*lengths, self.engine.prompts, CHUNK_LEN, self.engine.geometry.max_positions)
+        chunk_len = full.fit_chunk_len()
         full.prefill(progress=_third(progress, 0))
         truth = full.score("reconstruction", chunk_len, progress=_third(progress, 1))
         foretold = truth if compare_with is None else full.score("distilled", profile=compare_with)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import store
 from kvzip.backends import get_backend
-from kvzip.chunks import CHUNK_LEN, RepeatPrompts, fit_chunk_len
+from kvzip.chunks import RepeatPrompts
 from kvzip.compress import Engine, FullContext
 from kvzip.compressed import CompressedContext
 from kvzip.context import RaggedContext, SavedTail
@@ -183,7 +183,7 @@ class LLM:
         check_text(text)
         prefix_ids, ids = torch.tensor(self.prefix_ids(), dtype=torch.int64), profiler.passage(self.tokenize(text))
         full, local = FullContext(self.engine(), prefix_ids, ids), CompressOptions().replays_locally(len(ids))
-        chunk_len = fit_chunk_len(len(prefix_ids), len(ids), full.engine.prompts, CHUNK_LEN, self.max_positions)
+        chunk_len = full.fit_chunk_len()
         full.prefill(progress=progress)
         profile = full.profile(profiler, chunk_len, local=local, progress=progress)
         return save_profile(kind, self.fingerprint, profile, source)

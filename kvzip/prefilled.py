@@ -13,7 +13,7 @@ from torch import Tensor
 from kvzip import store
 from kvzip._version import __version__
 from kvzip.budget import resolve_pairs
-from kvzip.chunks import CHUNK_LEN, fit_chunk_len
+from kvzip.chunks import CHUNK_LEN
 from kvzip.compress import FullContext, Selection, pack_context, select
 from kvzip.compressed import CompressedContext
 from kvzip.context import ContextInfo
@@ -51,7 +51,7 @@ class Prefilled:
     ) -> None:
         self.llm, self.texts, self.geometry = llm, texts, geometry or llm.geometry
         self._full = FullContext(llm.engine(self.geometry), prefix_ids, context_ids)
-        self._chunk_len(CHUNK_LEN)  # refuse before reading
+        self._full.fit_chunk_len()  # refuse before reading
         profile = None if scorer is None else llm.profile_for(scorer_class(scorer.name).needs, self.geometry)
         self._full.prefill(progress=progress, scorer_name=None if scorer is None else str(scorer), profile=profile)
         self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
@@ -151,7 +151,7 @@ class Prefilled:
         if key in self._queries:
             return self._queries[key], 0.0
         found = ReplayedQueries(self._shape)
-        self._full.replay(found, self._chunk_len(options.chunk_len), local=key[1], progress=progress)
+        self._full.replay(found, self._full.fit_chunk_len(options.chunk_len), local=key[1], progress=progress)
         self._queries[key] = found  # only now: a replay that was interrupted has shown a part
         return found, time.perf_counter() - started
 
@@ -163,7 +163,7 @@ class Prefilled:
             queries = ReplayedQueries(self._shape)
         scores = self._full.score(
             f"{method.scorer.name}-faithful" if options.faithful else str(method.scorer),
-            self._chunk_len(options.chunk_len),
+            self._full.fit_chunk_len(options.chunk_len),
             faithful=options.faithful,
             local=self._is_local(options),
             profile=self.llm.profile_for(scorer_class(method.scorer.name).needs, self.geometry),
@@ -180,11 +180,6 @@ class Prefilled:
 
     def _is_local(self, options: CompressOptions) -> bool:
         return options.replays_locally(self._full.context_ids.numel())
-
-    def _chunk_len(self, chunk_len: int) -> int:
-        full = self._full
-        lengths = full.prefix_ids.numel(), full.context_ids.numel()
-        return fit_chunk_len(*lengths, full.engine.prompts, chunk_len, self.llm.max_positions)
 
     def _variant(self, options: CompressOptions, method: Method) -> str:
         """What else decided the scores, as it stands behind the name of the method."""

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvzip.backends import get_backend
 from kvzip.bench.measure import WARMUP_LEN, peak_over, provenance, summary
 from kvzip.bench.texts import bench_text
-from kvzip.chunks import CHUNK_LEN, RepeatPrompts, fit_chunk_len
+from kvzip.chunks import RepeatPrompts
 from kvzip.compress import Engine, FullContext
 from kvzip.hf.geometry import probe
 from kvzip.llm import LLM
@@ -74,17 +74,14 @@ def _texts(llm: LLM | None, context_len: int) -> tuple[Tensor, Tensor]:
 
 
 def _row(engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions, base: int) -> dict[str, Any]:
-    limit = engine.geometry.max_positions
-    chunk_len = fit_chunk_len(prefix.numel(), ids.numel(), engine.prompts, CHUNK_LEN, limit)
-    peak, seconds = peak_over(base, lambda: _compress(engine, prefix, ids, options, chunk_len))
+    peak, seconds = peak_over(base, lambda: _compress(engine, prefix, ids, options))
     nbytes = engine.geometry.kv_nbytes(prefix.numel() + ids.numel(), engine.model.dtype)
     return {"context_len": ids.numel(), **seconds, "peak_nbytes": peak, "full_kv_nbytes": nbytes}
 
 
-def _compress(
-    engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions, chunk_len: int
-) -> dict[str, float]:
+def _compress(engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOptions) -> dict[str, float]:
     full = FullContext(engine, prefix, ids)
+    chunk_len = full.fit_chunk_len()  # refuse before reading
     full.prefill()
     started = time.perf_counter()
     scores = full.score(chunk_len=chunk_len, local=options.replays_locally(ids.numel()))

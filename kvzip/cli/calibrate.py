@@ -42,11 +42,11 @@ def calibrate(
     Done once a model; prints the file written."""
     from pathlib import Path
 
-    from kvzip.cli.demo import load_text
+    from kvzip.cli.demo import BUNDLED, load_text
     from kvzip.cli.loading import check_can_fit, load_llm, start
 
     content = load_text() if text is None else read_text(text)
-    source = "the lighthouse text of kvzip" if text is None else Path(text).name
+    source = BUNDLED if text is None else Path(text).name
     with Bars(quiet) as bars:
         start(bars)
         from kvzip.profilers import SHARING, get_profiler

@@ -82,6 +82,9 @@ def demo(
     show(tour, quizzes, out())
 
 
+BUNDLED = "the lighthouse text of kvzip"  # what `load_text` gives, in words
+
+
 def load_text() -> str:
     """The bundled text."""
     return _resource("lighthouse.txt")

@@ -41,11 +41,11 @@ def distill(
     Done once a model, in minutes; prints how well held-out text is foretold, and the file written."""
     from pathlib import Path
 
-    from kvzip.cli.demo import load_text
+    from kvzip.cli.demo import BUNDLED, load_text
     from kvzip.cli.loading import load_llm
 
     contents = [read_text(path) for path in text] if text else [load_text()]
-    source = ", ".join(Path(path).name for path in text) if text else "the lighthouse text of kvzip"
+    source = ", ".join(Path(path).name for path in text) if text else BUNDLED
     with Bars(quiet) as bars:
         llm = load_llm(model, bars, dtype=dtype, device=device)
         found = llm.distill(contents, source, seed=seed, progress=bars)

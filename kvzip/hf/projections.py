@@ -5,7 +5,7 @@ The one place beside the seam that looks at a model's modules; a forward hook wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,36 +24,33 @@ def attention_inputs(model: PreTrainedModel, geometry: Geometry) -> Iterator[dic
     A layer's inputs are there before its attention is computed. Whoever takes them out by then (`pop`) has those of one
     layer in memory at a time, and they are no copies.  Raises ModelError where a layer's attention is not found.
     """
-    found: dict[int, Tensor] = {}
-
-    def hook_of(index: int) -> Any:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[index] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]
-
-        return hook
-
     modules = _attention_modules(model)
     if missing := [index for index in geometry.full_layers if index not in modules]:
         raise ModelError(
             f"the attention of layer {missing[0]} of {type(model).__name__} is not found, so its inputs can't be "
             "watched: take a method that needs none, as kvzip"
         )
-    with ExitStack() as stack:
-        for index in geometry.full_layers:
-            handle = modules[index].register_forward_pre_hook(hook_of(index), with_kwargs=True)
-            stack.callback(handle.remove)
+    with _watching_inputs(model, geometry, lambda hidden: hidden) as found:
         yield found
 
 
 @contextmanager
 def input_norms(model: PreTrainedModel, geometry: Geometry) -> Iterator[dict[int, Tensor]]:
     """Norms [T] float32 of the last inputs (batch 1) of each full-attention layer's attention, kept up to date."""
+    with _watching_inputs(model, geometry, lambda hidden: hidden.float().norm(dim=-1)) as found:
+        yield found
+
+
+@contextmanager
+def _watching_inputs(
+    model: PreTrainedModel, geometry: Geometry, take: Callable[[Tensor], Tensor]
+) -> Iterator[dict[int, Tensor]]:
+    """What `take` makes of the inputs [T, E] that last entered each full-attention layer's attention."""
     found: dict[int, Tensor] = {}
 
     def hook_of(index: int) -> Any:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            found[index] = hidden[0].float().norm(dim=-1)
+            found[index] = take((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
 
         return hook
 

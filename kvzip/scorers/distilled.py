@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvzip.chunks import CHUNK_LEN, chunk_slices
 from kvzip.scorers.base import BaseScorer, Profile, Reading, Shape
 
-CHUNK_LEN = 2000  # tokens that a replay repeats at a time: a pair's place in its chunk tells what it competes with
 LARGEST_LOG = 60.0  # far beyond what a score can be; its exponential is below PINNED
 TINY = torch.finfo(torch.float32).tiny
 
@@ -62,8 +62,5 @@ def num_features(hidden_size: int, num_kv_heads: int) -> int:
 
 def places(context_len: int) -> Tensor:
     """Of each token of a context its place in the chunk that a replay would repeat it with: [S] float32 in [0, 1)."""
-    num_chunks = max(1, (context_len + CHUNK_LEN // 2) // CHUNK_LEN)  # a short last chunk joins its neighbour
-    index = torch.arange(context_len)
-    chunk = (index // CHUNK_LEN).clamp_max(num_chunks - 1)
-    length = torch.where(chunk < num_chunks - 1, CHUNK_LEN, context_len - CHUNK_LEN * (num_chunks - 1))
-    return (index - CHUNK_LEN * chunk) / length
+    lengths = [chunk.stop - chunk.start for chunk in chunk_slices(context_len, CHUNK_LEN)]
+    return torch.cat([torch.arange(length) / length for length in lengths])

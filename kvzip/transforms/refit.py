@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvzip.context import RaggedLayer
 from kvzip.ops.attention import attend, soft_capped
-from kvzip.ops.refit import HELD_OUT, Fit, refit
+from kvzip.ops.refit import HELD_OUT, refit
 from kvzip.replayed import LayerQueries
 from kvzip.transforms.base import BaseTransform, Evicted
 
@@ -61,12 +61,8 @@ def _fit_head(rows: Tensor, queries: LayerQueries, evicted: Evicted, head: int, 
         found = refit(attention, all_values[part], kept, rest, is_held_out)
         if found is not None:
             first = int(keep_mask[: part.start].sum())
-            _put(found, values[first : first + len(found.values)], bias[first : first + len(found.values)])
-
-
-def _put(found: Fit, values: Tensor, bias: Tensor) -> None:
-    values.copy_(found.values)
-    bias.copy_(found.weights.log())
+            at = slice(first, first + len(found.values))
+            values[at], bias[at] = found.values, found.weights.log()
 
 
 def _attend_all(rows: Tensor, keys: Tensor, values: Tensor, queries: LayerQueries) -> tuple[Tensor, Tensor]:
