@@ -310,8 +310,8 @@ class FullContext:
             layer = self._evict_layer(index, mask)
             if mask is not None:
                 evicted = self._evicted(index, mask, index_of[index], scores, queries)
-                for transform in transforms:
-                    layer = transform.apply(layer, evicted)
+                for number, transform in enumerate(transforms, start=1):
+                    layer = transform.apply(layer, replace(evicted, later=transforms[number:]))
                 layer = layer if fetch is None else fetch.apply(layer, index)
             packed[index] = layer
             if release:
@@ -330,20 +330,24 @@ class FullContext:
         dense, prefix_len = self.cache.stored[index], self.prefix_ids.numel()
         if scores is not None:
             scores = torch.nn.functional.pad(scores[number], (prefix_len, 0), value=torch.inf)[mask.to(scores.device)]
-        own = None if queries is None else queries.of(number)
-        return Evicted(dense.keys[0], dense.values[0], mask, prefix_len, scores, own)
+        own, inv_freq = None if queries is None else queries.of(number), self._inv_freq(index)
+        return Evicted(dense.keys[0], dense.values[0], mask, prefix_len, scores, own, inv_freq)
+
+    def _inv_freq(self, index: int) -> Tensor | None:
+        """Of a layer's rotation, on the model's device."""
+        inv_freq = self.engine.geometry.layers[index].inv_freq
+        return None if inv_freq is None else inv_freq.to(self.engine.model.device)
 
     def _evict_layer(self, index: int, mask: Tensor | None) -> RaggedLayer:
-        dense, geometry = self.cache.stored[index], self.engine.geometry.layers[index]
+        dense = self.cache.stored[index]
         keys, values = dense.keys[0], dense.values[0]
         if mask is None:
             mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        inv_freq = None if geometry.inv_freq is None else geometry.inv_freq.to(keys.device)
         return RaggedLayer(
-            keys=shift_keys(pack(keys, mask), inv_freq, -self.length),
+            keys=shift_keys(pack(keys, mask), self._inv_freq(index), -self.length),
             values=pack(values, mask),
             cu_seqlens=cu_seqlens_of(mask),
-            window=geometry.window,
+            window=self.engine.geometry.layers[index].window,
         )
 
 

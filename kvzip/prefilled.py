@@ -87,7 +87,7 @@ class Prefilled:
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
         queries = None
-        if method.needs_queries and not bool(selection.mask.all()):
+        if method.needs_queries and not (selection.mask.all() and not any(t.stores_codes for t in transforms)):
             queries, replay_s = self._replayed(options, progress)
             info = replace(info, score_s=score_s + replay_s)
         data = pack_context(

@@ -14,7 +14,7 @@ import kvzip
 from kvzip.backends.reference import ReferenceBackend
 from kvzip.errors import UnknownNameError
 from kvzip.methods import parse_method
-from kvzip.ops.refit import HELD_OUT, refit
+from kvzip.ops.refit import HELD_OUT, Block, refit
 from kvzip.ops.rope import shift_keys
 from kvzip.replayed import ReplayedQueries
 from kvzip.scorers import SCORERS
@@ -62,7 +62,8 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
             attention = torch.softmax(capped, dim=1)
             rest = attention[:, : full.prefix_ids.numel()] @ values[head, : full.prefix_ids.numel()]
             block, own = attention[:, full.prefix_ids.numel() :], values[head, full.prefix_ids.numel() :]
-            expected = refit(block, own, kept, rest, held_out) if kept.any() else None
+            taken = Block(block[:, kept], block.sum(1), block @ own, rest)
+            expected = refit(taken, own[kept], held_out) if kept.any() else None
             start = layer.offsets[head] + full.prefix_ids.numel()
             pairs = slice(start, layer.offsets[head + 1])
             before = slice(layer.offsets[head], start)

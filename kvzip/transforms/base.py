@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
+from kvzip.ops.rope import shift_keys
 from kvzip.replayed import LayerQueries
+
+Which: TypeAlias = Literal["keys", "values"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Evicted:
     keys, values: [Hkv, P + S, D] of all pairs of prefix and context, keys rotated at their true positions.  keep_mask:
     [Hkv, P + S] bool, what stays.  prefix_len: P.  scores: [N] float32 of the pairs that stay, as they are packed,
     infinite for those of the prefix; None where nothing was scored.  queries: where a transform needs them.
+    inv_freq: [R/2] of the layer's rotation, or None where it has none.  later: transforms that are applied afterwards.
     """
 
     keys: Tensor
@@ -26,6 +31,29 @@ class Evicted:
     prefix_len: int
     scores: Tensor | None = None
     queries: LayerQueries | None = None
+    inv_freq: Tensor | None = None
+    later: Sequence[BaseTransform] = ()
+
+    def read_keys(self, layer: RaggedLayer, head: int) -> Tensor:
+        """The keys [n, D] float32 of a head as they will be read, turned to their true positions.  layer: of floats."""
+        if not self.is_rounded:
+            return self.keys[head][self.keep_mask[head]].float()
+        assert isinstance(layer.keys, Tensor)
+        rows = slice(layer.offsets[head], layer.offsets[head + 1])
+        found = self.read_back("keys", layer.keys[rows], rows)
+        return shift_keys(found.float(), self.inv_freq, self.keys.shape[1])
+
+    def read_back(self, which: Which, pairs: Tensor, rows: slice) -> Tensor:
+        """Keys or values [n, D] of one head, at these rows of the layer, as they are read once all is applied."""
+        scores = None if self.scores is None else self.scores[rows]
+        for transform in self.later:
+            pairs = transform.read_back(which, pairs, scores)
+        return pairs
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether numbers become codes afterwards."""
+        return any(transform.stores_codes for transform in self.later)
 
 
 class BaseTransform:
@@ -49,6 +77,10 @@ class BaseTransform:
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         """The same pairs in another form. Raises InputError where these can't be stored so."""
         raise NotImplementedError
+
+    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None) -> Tensor:
+        """Keys or values [n, D] of one head as they are read once this is applied.  scores: [n], as of `Evicted`."""
+        return pairs
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
         """Bytes of the key and the value of one pair, on average.  itemsize: bytes of a number before."""

@@ -12,7 +12,7 @@ from kvzip.context import RaggedLayer
 from kvzip.ops.quantize import Axis
 from kvzip.ops.selection import PINNED
 from kvzip.parts import Range
-from kvzip.transforms.base import BaseTransform, Evicted
+from kvzip.transforms.base import BaseTransform, Evicted, Which
 from kvzip.transforms.quantize import Bits, Quantize
 
 
@@ -49,13 +49,23 @@ class Levels(BaseTransform):
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         scores = evicted.scores
         assert scores is not None
-        is_high = ((scores > self.threshold) | (scores >= PINNED)).to(layer.device)
+        is_high = self._is_high(scores).to(layer.device)
         high, low = (part_of(layer, chosen) for chosen in (is_high, ~is_high))
         if not low.offsets[-1]:
             return self.high.apply(high)
         if not high.offsets[-1]:
             return self.low.apply(low)
         return replace(self.high.apply(high), lower=self.low.apply(low))
+
+    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None) -> Tensor:
+        assert scores is not None
+        found, is_high = pairs.clone(), self._is_high(scores).to(pairs.device)
+        for level, chosen in ((self.high, is_high), (self.low, ~is_high)):
+            found[chosen] = level.read_back(which, pairs[chosen])
+        return found
+
+    def _is_high(self, scores: Tensor) -> Tensor:
+        return (scores > self.threshold) | (scores >= PINNED)
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
         """Of a pair in the level that takes more."""

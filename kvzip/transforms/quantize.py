@@ -11,7 +11,7 @@ from torch import Tensor
 from kvzip.context import RaggedLayer
 from kvzip.ops.quantize import Axis, Layout, quantize
 from kvzip.parts import Range
-from kvzip.transforms.base import BaseTransform, Evicted
+from kvzip.transforms.base import BaseTransform, Evicted, Which
 
 Bits = Literal[16, 8, 4, 2]
 UNCHANGED = 16
@@ -49,6 +49,13 @@ class Quantize(BaseTransform):
             for pairs, layout in zip((layer.keys, layer.values), self.layouts(layer.head_dim), strict=True)
         )
         return replace(layer, keys=keys, values=values)
+
+    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None = None) -> Tensor:
+        key_layout, value_layout = self.layouts(pairs.shape[1])
+        layout = key_layout if which == "keys" else value_layout
+        if layout is None or not len(pairs):
+            return pairs
+        return quantize(pairs, (0, len(pairs)), layout).read((0, len(pairs)), 0, 0, len(pairs))
 
     def layouts(self, head_dim: int) -> Iterator[Layout | None]:
         """Of the keys, then of the values; None where they stay as they are."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
 from kvzip.ops.attention import attend, soft_capped
-from kvzip.ops.refit import HELD_OUT, refit
+from kvzip.ops.refit import HELD_OUT, Block, refit
 from kvzip.replayed import LayerQueries
 from kvzip.transforms.base import BaseTransform, Evicted
 
@@ -22,7 +22,8 @@ class Refit(BaseTransform):
 
     Head by head and chunk by chunk, so that what remains of a chunk has the attention mass and puts out the values that
     all of it had (`kvzip.ops.refit`). Some of the queries have no part in the fit and choose its ridge; where they are
-    better off without, the pairs stay as they are. The prefix is whole and is not changed.
+    better off without, the pairs stay as they are. The prefix is whole and is not changed. Where pairs become codes
+    afterwards, the fit is made with the keys as they will be read, and chosen by the values as they will be.
     """
 
     summary = "biases and values that make up for what was evicted"
@@ -31,38 +32,55 @@ class Refit(BaseTransform):
     bias_nbytes = 4
 
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
-        if bool(evicted.keep_mask.all()):
+        if bool(evicted.keep_mask.all()) and not evicted.is_rounded:
             return layer
         queries = evicted.queries
         assert queries is not None and isinstance(layer.values, Tensor)
         values, bias = layer.values.float().clone(), layer.values.new_zeros(len(layer.values), dtype=torch.float32)
         rows = queries.query.float().reshape(layer.num_kv_heads, -1, *queries.query.shape[1:])
-        for head, (start, end) in enumerate(pairwise(layer.offsets)):
-            _fit_head(rows[head], queries, evicted, head, values[start:end], bias[start:end])
+        for head in range(layer.num_kv_heads):
+            for part, block, is_held_out in _blocks(rows[head], queries, evicted, layer, head):
+
+                def read_back(changed: Tensor, part: slice = part) -> Tensor:
+                    return evicted.read_back("values", changed, part)
+
+                found = refit(block, values[part], is_held_out, read_back if evicted.is_rounded else None)
+                if found is not None:
+                    values[part], bias[part] = found.values, found.weights.log()
         if not bool(bias.any()):
             return layer
         return replace(layer, values=values.to(layer.dtype), bias=bias)
 
 
-def _fit_head(rows: Tensor, queries: LayerQueries, evicted: Evicted, head: int, values: Tensor, bias: Tensor) -> None:
-    """Change the values [n, D] and biases [n] of one head in place.  rows: [G, T, D]."""
+def _blocks(
+    rows: Tensor, queries: LayerQueries, evicted: Evicted, layer: RaggedLayer, head: int
+) -> Iterator[tuple[slice, Block, Tensor]]:
+    """Of each chunk of a head: where its pairs stand in the layer, what queries take of them, which are held out.
+
+    rows: [G, T, D], the queries.  Chunks of which nothing is left, or that stay as they were, are skipped.
+    """
     all_keys, all_values = evicted.keys[head].float(), evicted.values[head].float()
-    keep_mask, outputs, lses = evicted.keep_mask[head], *_attend_all(rows, all_keys, all_values, queries)
+    kept_keys, keep_mask = evicted.read_keys(layer, head), evicted.keep_mask[head]
+    outputs, lses = _attend_all(rows, all_keys, all_values, queries)
     for number, chunk in enumerate(queries.chunks):
         part = slice(evicted.prefix_len + chunk.start, evicted.prefix_len + chunk.stop)
-        kept = keep_mask[part]
-        if bool(kept.all()) or not bool(kept.any()):
+        first, count = int(keep_mask[: part.start].sum()), int(keep_mask[part].sum())
+        if not count or (count == part.stop - part.start and not evicted.is_rounded):
             continue
         shown = _shown(queries.chunk_of, number).to(rows.device)
-        logits = soft_capped(rows[:, shown] @ all_keys[part].T * queries.scale, queries.softcap)
-        attention = (logits - lses[:, shown].unsqueeze(-1)).exp().flatten(0, 1)
-        rest = outputs[:, shown].flatten(0, 1) - attention @ all_values[part]
+        asking, total = rows[:, shown].flatten(0, 1), lses[:, shown].flatten()
+        attention = _attention(asking, all_keys[part], total, queries)
+        taken = attention @ all_values[part]
+        kept = _attention(asking, kept_keys[first : first + count], total, queries)
+        block = Block(kept, attention.sum(dim=1), taken, outputs[:, shown].flatten(0, 1) - taken)
         is_held_out = (torch.arange(len(shown), device=rows.device) % HELD_OUT == HELD_OUT - 1).repeat(len(rows))
-        found = refit(attention, all_values[part], kept, rest, is_held_out)
-        if found is not None:
-            first = int(keep_mask[: part.start].sum())
-            at = slice(first, first + len(found.values))
-            values[at], bias[at] = found.values, found.weights.log()
+        start = layer.offsets[head] + first
+        yield slice(start, start + count), block, is_held_out
+
+
+def _attention(rows: Tensor, keys: Tensor, lses: Tensor, queries: LayerQueries) -> Tensor:
+    """The share of each row's attention [R, D], of all that it saw [R], that goes to each key [n, D]: [R, n]."""
+    return (soft_capped(rows @ keys.T * queries.scale, queries.softcap) - lses.unsqueeze(1)).exp()
 
 
 def _attend_all(rows: Tensor, keys: Tensor, values: Tensor, queries: LayerQueries) -> tuple[Tensor, Tensor]:
