@@ -11,6 +11,7 @@ from kvzip.budget import BUDGET_KINDS, BudgetKind, get_budget_kind
 from kvzip.errors import InputError, UnknownNameError
 from kvzip.fetch import FETCHES, fetch_class
 from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
+from kvzip.recipes import RECIPES
 from kvzip.scorers import SCORERS, scorer_class
 from kvzip.transforms import TRANSFORMS, transform_class
 
@@ -88,7 +89,8 @@ class Method:
     """A parsed method.
 
     name: as the user wrote it.  scorer, budget: what is evicted; None where all pairs stay.  transforms: what is done
-    to the pairs that stay, in this order.  fetch: how pairs are recalled at each step, or None.
+    to the pairs that stay, in this order.  fetch: how pairs are recalled at each step, or None.  keep_ratio: of a
+    recipe, what is kept where nothing else is asked for.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Method:
     budget: Part | None
     transforms: tuple[Part, ...] = ()
     fetch: Part | None = None
+    keep_ratio: float | None = None
 
     @property
     def budget_kind(self) -> BudgetKind | None:
@@ -141,12 +144,13 @@ def parse_method(text: str) -> Method:
 
     An alias stands for its parts, and its options go to the part that has them; a later part replaces an earlier one of
     the same kind, and transforms of different names add up; a name that is an alias and a budget (`adakv`) is the
-    budget beside other parts.  Without a budget: `global`.  Without a scorer nothing is evicted.
+    budget beside other parts.  `kvzip:small` is a recipe, a composition with a keep ratio.
+    Without a budget: `global`.  Without a scorer nothing is evicted.
     Raises UnknownNameError with the nearest name, or InputError for an option that can't be.
     """
     chosen: dict[str, Part] = {}
     transforms: dict[str, Part] = {}
-    words = text.split("+")
+    words = [word.strip() for word in text.split("+")]
     for word in words:
         for name, given in _expand(word, alone=len(words) == 1):
             slot, function = _find(name)
@@ -173,7 +177,8 @@ def parse_method(text: str) -> Method:
     behind = [p.name for p in in_order if transform_class(p.name).needs_scores or transform_class(p.name).needs_queries]
     if scorer is None and behind:
         raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before {behind[0]!r}")
-    return Method(text, scorer, budget, in_order, chosen.get("fetch"))
+    keep_ratio = next((RECIPES[word].keep_ratio for word in words if word in RECIPES), None)
+    return Method(text, scorer, budget, in_order, chosen.get("fetch"), keep_ratio)
 
 
 def split_methods(text: str) -> tuple[str, ...]:
@@ -193,6 +198,10 @@ def all_options(name: str) -> dict[str, Option]:
 
 def _expand(word: str, alone: bool) -> list[tuple[str, dict[str, str]]]:
     """The parts that a word stands for, with their options as text."""
+    if word in RECIPES:
+        return [part for name in RECIPES[word].composition.split("+") for part in _expand(name, alone=False)]
+    if word.startswith("kvzip:") and "=" not in word:
+        raise UnknownNameError.of("recipe", word, RECIPES)
     name, given = split_part(word)
     if name not in ALIASES or (name in BUDGET_KINDS and not alone):
         return [(name, given)]

@@ -18,11 +18,11 @@ LOCAL_FROM = 10_000  # tokens of a context from which "auto" replays locally: do
 class CompressOptions:
     """What `compress` takes besides the text.
 
-    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no eviction. 0.3
-    where neither it nor `budget` is given, 1 for a method that evicts nothing.  budget: instead, a number of context
-    pairs, or bytes as text ("64MiB").
-    method: `kvzip`, or parts as `kvzip+uniform` (see `kvzip.methods`). One that decides itself how much to keep takes
-    neither of both, and is not `faithful`.
+    keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no eviction. Where
+    neither it nor `budget` is given: that of a recipe, 1 for a method that evicts nothing, 0.3 otherwise.
+    budget: instead, a number of context pairs, or bytes as text ("64MiB").
+    method: `kvzip`, a recipe as `kvzip:small`, or parts as `kvzip+uniform` (see `kvzip.methods`). One that decides
+    itself how much to keep takes neither of both, and is not `faithful`.
     faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
     chunk_len: tokens replayed at a time.  replay_scope: what a replayed chunk sees of the context: "global" all of it,
     "local" prefix and chunk alone (the cost is then linear in the length), "auto" local from LOCAL_FROM tokens on.
@@ -42,7 +42,7 @@ class CompressOptions:
         elif method.decides_count:
             self._check_nothing_is_asked()
         elif self.keep_ratio is None and self.budget is None:
-            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
+            object.__setattr__(self, "keep_ratio", method.keep_ratio or DEFAULT_KEEP_RATIO)
         if self.keep_ratio is not None:
             check_keep_ratio(self.keep_ratio)
         if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:

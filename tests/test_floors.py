@@ -22,6 +22,7 @@ FLOORS = [
     [
         "kvzip.budget",
         "kvzip.chunks",
+        "kvzip.recipes",
         "kvzip.methods",
         "kvzip.context",
         "kvzip.scorers",

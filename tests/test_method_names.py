@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 import kvzip
 from kvzip.budget import BUDGET_KINDS
-from kvzip.errors import InputError
+from kvzip.errors import InputError, UnknownNameError
 from kvzip.methods import ALIASES, all_options, parse_method, split_methods
+from kvzip.options import CompressOptions
+from kvzip.recipes import RECIPES
 from kvzip.scorers import SCORERS, get_scorer
 from kvzip.scorers.base import NEEDS
 
@@ -137,3 +139,27 @@ def test_every_scorer_declares_what_it_needs() -> None:
     for name in SCORERS:
         scorer = get_scorer(name, 3, 2, 100)
         assert scorer.needs <= set(NEEDS) and scorer.summary and scorer.source
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_its_composition_at_its_keep_ratio(name: str) -> None:
+    recipe, method = RECIPES[name], parse_method(name)
+    assert method.composition == parse_method(recipe.composition).composition
+    assert CompressOptions(method=name).keep_ratio == recipe.keep_ratio
+    assert CompressOptions(method=name, keep_ratio=0.6).keep_ratio == 0.6, "what is asked for goes first"
+    assert CompressOptions(method=name, budget="64MiB").keep_ratio is None
+    changed = parse_method(f"{name}+uniform+int8")
+    assert changed.budget is not None and changed.budget.name == "uniform"
+    assert changed.keep_ratio == recipe.keep_ratio and "key_bits=8" in changed.composition
+
+
+def test_recipes_keep_less_the_smaller_they_are() -> None:
+    ratios = [RECIPES[f"kvzip:{size}"].keep_ratio for size in ("safe", "small", "tiny")]
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_a_recipe_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(UnknownNameError, match="unknown recipe 'kvzip:smal': did you mean 'kvzip:small'"):
+        parse_method("kvzip:smal")
+    with pytest.raises(UnknownNameError, match="kvzip takes no options"):
+        parse_method("kvzip:size=small")

@@ -15,7 +15,14 @@ EPILOG = examples(
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method snapkv:window_size=64,kernel_size=5",
     "kvzip compress book.txt -m qwen2.5-coder-0.5b --method window+pyramid:beta=10",
 )
-TITLES = {"method": "Method", "scorer": "Scorer", "budget": "Budget", "transform": "Transform", "fetch": "Fetch"}
+TITLES = {
+    "recipe": "Recipe",
+    "method": "Method",
+    "scorer": "Scorer",
+    "budget": "Budget",
+    "transform": "Transform",
+    "fetch": "Fetch",
+}
 NOTES = (
     "Write NAME, NAME:option=value,option=value, or SCORER+BUDGET+TRANSFORM+FETCH; a later part replaces an earlier "
     "one of its kind: kvzip+layer, kvzip+int4.",
@@ -25,11 +32,23 @@ NOTES = (
 
 def methods(as_json: Json = False) -> None:
     """List the methods, and the scorers, budgets, transforms and fetches that they are made of."""
-    rows = [*_aliases(), *_scorers(), *_budgets(), *_transforms(), *_fetches()]
+    rows = [*_recipes(), *_aliases(), *_scorers(), *_budgets(), *_transforms(), *_fetches()]
     if as_json:
         print_json(rows)
     else:
         _show(rows)
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from kvzip.methods import parse_method
+    from kvzip.recipes import RECIPES
+
+    rows = []
+    for name, recipe in RECIPES.items():
+        about = f"{recipe.help} (keep ratio {recipe.keep_ratio:g})"
+        method = parse_method(name)
+        rows.append(_row("recipe", name, method.composition, about, method.composition, [], True, False, {}))
+    return rows
 
 
 def _aliases() -> list[dict[str, Any]]:
