@@ -66,6 +66,10 @@ bench: venv ## Measure on this machine, and write docs/results.md anew; hours, a
 	  $(BIN)/kvzip bench distill -m $$model --context-len 2000 --text build/articles/$(basename $(notdir $(BENCH_TEXT)))-13-15.json \
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/distill-$$model-2000.json; \
 	done
+	set -e; for model in $(BENCH_MODELS); do \
+	  $(BIN)/kvzip bench certificate -m $$model --context-len 1000 --text $(BENCH_TEXT) --texts 6 \
+	    --json $(RESULTS)/certificate-$$model-1000.json; \
+	done
 	$(BIN)/kvzip bench scale --json $(RESULTS)/scale.json
 	$(MAKE) results
 

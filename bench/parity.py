@@ -145,10 +145,10 @@ def own_answers(
     full: kvzip.Prefilled, pairs: Tensor, questions: Sequence[Question], chunk_len: int
 ) -> dict[str, list[str]]:
     """Answers from the full cache, from what kvzip keeps, and from `pairs` of the context [L, Hkv, S] (bool)."""
-    own = full.compress(kvzip.CompressOptions(keep_ratio=KEEP_RATIOS[-1], chunk_len=chunk_len))
+    own = full.compress(kvzip.CompressOptions(keep_ratio=KEEP_RATIOS[-1], chunk_len=chunk_len, certify=False))
     packed = pack_context(full._full, Selection(pairs, None), own.data.info, release=False)
     contexts = {
-        "kvzip_full": full.compress(1.0),
+        "kvzip_full": full.compress(kvzip.CompressOptions(keep_ratio=1.0, certify=False)),
         "kvzip_own": own,
         "kvzip_with_kvpress_pairs": kvzip.CompressedContext(full.llm, packed),
     }

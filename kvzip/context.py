@@ -6,6 +6,7 @@ the session's own dense tail (`kvzip.hf.cache`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,6 +19,19 @@ from kvzip.ops.quantize import QuantizedPairs
 from kvzip.ops.ragged import unpack_bits
 
 Pairs: TypeAlias = Tensor | QuantizedPairs
+
+# What a statement of the loss may say, and from where to where.
+LOSS_RANGES = {
+    "tokens": (1, math.inf),  # at which the full and the compressed cache were compared
+    "spans": (1, math.inf),  # of the text, that hold them
+    "kl": (0, math.inf),  # mean KL(full || compressed) a token, in nats
+    "kl_bound": (0, math.inf),  # upper confidence limit of the mean over all such spans of the text
+    "confidence": (0, 1),  # of that limit
+    "agreement": (0, 1),  # share of the tokens where the likeliest next token stays the same
+    "repeated_full": (0, 1),  # share of the tokens where the full cache's likeliest is the text's own
+    "repeated": (0, 1),  # the same of the compressed one
+    "seconds": (0, math.inf),  # that measuring took
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +152,8 @@ class ContextInfo:
     fingerprint: identity of model and tokenizer (`kvzip.hf.fingerprint`).  keep_ratio: fraction of the context's KV
     pairs kept in full-attention layers, as asked (None where a budget was asked) and as reached.
     full_kv_nbytes: bytes that prefix and context take in the model's own full cache.  *_s: seconds.
-    peak_rss_bytes: highest resident memory of the process while compressing.  loss: a measured statement, or None.
+    peak_rss_bytes: highest resident memory of the process while compressing.  loss: what was measured of it on the text
+    itself (`kvzip.certificate`), with keys of LOSS_RANGES, or None.
     """
 
     model: str

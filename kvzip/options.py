@@ -26,6 +26,7 @@ class CompressOptions:
     faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
     chunk_len: tokens replayed at a time.  replay_scope: what a replayed chunk sees of the context: "global" all of it,
     "local" prefix and chunk alone (the cost is then linear in the length), "auto" local from LOCAL_FROM tokens on.
+    certify: measure the loss on the text itself at the end (`kvzip.certificate`), for at most a quarter of the prefill.
     """
 
     keep_ratio: float | None = None
@@ -34,6 +35,7 @@ class CompressOptions:
     faithful: bool = False
     chunk_len: int = CHUNK_LEN
     replay_scope: str = "auto"
+    certify: bool = True
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)
@@ -49,6 +51,8 @@ class CompressOptions:
             raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
         if self.replay_scope not in REPLAY_SCOPES:
             raise UnknownNameError.of("replay scope", str(self.replay_scope), REPLAY_SCOPES)
+        if not isinstance(self.certify, bool):
+            raise InputError(f"certify {self.certify!r} is neither True nor False: give one of them")
 
     def _check_that_all_stays(self) -> None:
         if self.keep_ratio not in (None, 1) or self.budget is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvzip import store
 from kvzip._version import __version__
 from kvzip.budget import resolve_pairs
+from kvzip.certificate import Certifier
 from kvzip.chunks import CHUNK_LEN
 from kvzip.compress import FullContext, Selection, pack_context, select
 from kvzip.compressed import CompressedContext
@@ -57,6 +58,7 @@ class Prefilled:
         self._scores: dict[tuple[str, int, bool, bool], tuple[Tensor, float]] = {}
         self._queries: dict[tuple[int, bool], ReplayedQueries] = {}
         self._shared: dict[tuple[tuple[int, int], ...], Prefilled] = {}
+        self._certifier = None if self.geometry.shared else Certifier(self._full)  # shared layers are no full cache
 
     def compress(
         self,
@@ -86,6 +88,9 @@ class Prefilled:
         num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
+        certifier = self._certifier if options.certify else None
+        if certifier is not None:
+            certifier.ask_full(progress)  # now: packing may release the full cache
         queries = None
         if method.needs_queries and not (selection.mask.all() and not any(t.stores_codes for t in transforms)):
             queries, replay_s = self._replayed(options, progress)
@@ -97,8 +102,10 @@ class Prefilled:
             data = store.mapped(data, cache_dir() / "mapped")
         if release:
             release_freed()  # without it the C library may keep what the full cache took
-        total_s = info.prefill_s + info.score_s if started is None else time.perf_counter() - started
-        info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes())
+        loss = None if certifier is None else certifier.certify(data, progress)
+        spent_s = info.prefill_s + info.score_s + (loss["seconds"] if loss else 0.0)
+        total_s = spent_s if started is None else time.perf_counter() - started
+        info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes(), loss=loss)
         return CompressedContext(self.llm, replace(data, info=info))
 
     def scores(
@@ -121,9 +128,10 @@ class Prefilled:
         key = tuple(sorted(geometry.shared.items()))
         if key not in self._shared:
             full = self._full
-            self._shared[key] = Prefilled(
+            self._shared[key] = other = Prefilled(
                 self.llm, full.prefix_ids, full.context_ids, self.texts, progress, geometry=geometry
             )
+            other._certifier = self._certifier
         return self._shared[key]
 
     def _select(

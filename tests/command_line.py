@@ -28,7 +28,7 @@ ROOT = Path(kvzip.__file__).parents[1]
 TEXT = "The lamp was lit in May.\nIt burned all night, and no ship was lost.\n" * 8
 COMPRESS_KEYS = {
     "path", "model", "method", "context_len", "keep_ratio_asked", "keep_ratio", "kv_nbytes", "full_kv_nbytes",
-    "prefill_s", "score_s", "total_s", "peak_rss_bytes",
+    "prefill_s", "score_s", "total_s", "peak_rss_bytes", "loss",
 }  # fmt: skip
 ASK_KEYS = {"question", "answer", "num_new_tokens", "ttft_s", "tpot_s", "fetched_nbytes_per_step"}
 

@@ -33,7 +33,15 @@ FLOORS = [
     ],
     ["kvzip.backends", "kvzip.store", "kvzip.models.catalogue", "kvzip.models.cache"],
     ["kvzip.hf", "kvzip.models"],
-    ["kvzip.compress", "kvzip.generation", "kvzip.profiles", "kvzip.sharing", "kvzip.surrogates", "kvzip.distill"],
+    [
+        "kvzip.compress",
+        "kvzip.certificate",
+        "kvzip.generation",
+        "kvzip.profiles",
+        "kvzip.sharing",
+        "kvzip.surrogates",
+        "kvzip.distill",
+    ],
     [
         "kvzip.options",
         "kvzip.session",

@@ -135,7 +135,11 @@ def of_type(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 NO_TEXT: list[Any] = [None, 1, True, ["x"], {}]
 NO_NUMBER: list[Any] = ["0.3", None, True, float("nan"), float("inf")]
 NO_COUNT: list[Any] = [1.5, None, True, "1"]
-NO_LOSS: list[Any] = [[], 1, {"kl": float("nan")}, {"kl": float("-inf")}]
+NO_LOSS: list[Any] = [
+    [], 1, {"kl": float("nan")}, {"kl": float("-inf")}, {"kl": -0.1}, {"kl": "0"}, {"kl": None}, {"kl": True}, {"kl": [0]},
+    {"kl_bound": {}}, {"agreement": 1.01}, {"agreement": -1}, {"confidence": 2}, {"tokens": 0}, {"spans": 0.5},
+    {"repeated": "x"}, {"repeated_full": 9}, {"seconds": -1},
+]  # fmt: skip
 REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
     (edit_meta("format", None), "did not write it"),
     (edit_meta("format", "pt"), "did not write it"),

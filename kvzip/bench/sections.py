@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-Result = dict[str, Any]
+from kvzip.bench.cells import (
+    Result,
+    figure,
+    least,
+    mean,
+    median,
+    mib,
+    milliseconds,
+    seconds,
+    section,
+    share,
+    subject,
+    times,
+)  # fmt: skip
 
 
 def compress(results: list[Result]) -> str:
@@ -13,7 +26,7 @@ def compress(results: list[Result]) -> str:
     head = ["model", "tokens", "plain prefill", "compress", "scoring / plain prefill", "peak / prefill peak", "KV kept"]
     rows = [
         [
-            *_subject(r),
+            *subject(r),
             seconds(r, "plain_prefill_s"),
             seconds(r, "compress_s"),
             times(r, "score_over_prefill"),
@@ -22,7 +35,7 @@ def compress(results: list[Result]) -> str:
         ]
         for r in results
     ]
-    return _section(
+    return section(
         "Compressing",
         "A plain prefill is one forward pass by transformers' own `sdpa` into its own full cache. Scoring is all that "
         "compressing adds to our own prefill: replay, selection, packing. Peaks are resident memory above what the "
@@ -37,7 +50,7 @@ def kvpress(results: list[Result]) -> str:
     head = ["model", "tokens", "plain prefill", "kvpress on top", "kvzip on top", "kvpress / kvzip"]
     rows = [
         [
-            *_subject(r),
+            *subject(r),
             seconds(r, "plain_prefill_s"),
             times(r, "kvpress_over_prefill"),
             times(r, "kvzip_over_prefill"),
@@ -45,7 +58,7 @@ def kvpress(results: list[Result]) -> str:
         ]
         for r in results
     ]
-    return _section(
+    return section(
         "Against kvpress",
         "What `KVzipPress` of kvpress and what kvzip add to a prefill of the same tokens, each in its own process and "
         "environment, in alternation, as multiples of the plain prefill.",
@@ -57,26 +70,26 @@ def kvpress(results: list[Result]) -> str:
 def parity(results: list[Result]) -> str:
     """kvpress' scores, kept pairs and answers beside ours."""
     ratios = ("0.5", "0.3", "0.1")
-    pairs = _section(
+    pairs = section(
         "Parity with kvpress",
         "`KVzipPress` of kvpress and kvzip on the same token ids. Rank correlation is Spearman's between the scores of "
         "the context's tokens, head by head; overlap is the share of kept pairs that both keep, at three keep ratios. "
         "The rows below the first differ in nothing, or in one thing alone.",
         ["model", "tokens", "what is compared", "rank correlation, median", "least", *[f"overlap {r}" for r in ratios]],
         [
-            [*_subject(r), label, *_ranks(r, f"{stage}_spearman"), *[_least(r, f"{stage}_overlap_{k}") for k in ratios]]
+            [*subject(r), label, *_ranks(r, f"{stage}_spearman"), *[least(r, f"{stage}_overlap_{k}") for k in ratios]]
             for r in results
             for stage, label in r["stages"].items()
             if f"{stage}_overlap_{ratios[0]}" in r["figures"]
         ],
     )
-    answers = _section(
+    answers = section(
         "Answers beside kvpress'",
         "Greedy answers to the same questions in the same tokens: how many hold a gold answer, their F1, each with its "
         "standard error, and how many are equal to another's word for word.",
         ["model", "tokens", "answers of", "gold answer in it", "F1", "equal answers"],
         [
-            [*_subject(r), row["answers"], *["{:.3f} ± {:.3f}".format(*row[m]) for m in ("included", "f1")], _same(row)]
+            [*subject(r), row["answers"], *["{:.3f} ± {:.3f}".format(*row[m]) for m in ("included", "f1")], _same(row)]
             for r in results
             for row in r["answers"]
         ],
@@ -88,7 +101,7 @@ def agreement(results: list[Result]) -> str:
     """Other presses of kvpress beside our methods."""
     ratios = ("0.5", "0.3", "0.1")
     pair = "{:.4f} ({:.4f})".format
-    return _section(
+    return section(
         "Agreement with kvpress' other presses",
         "Scores and kept pairs on the same token ids, head by head: the median over the heads and, in parentheses, the "
         "least. Each press as it is, then with matching options, then with one choice that differs. Rank correlation "
@@ -96,7 +109,7 @@ def agreement(results: list[Result]) -> str:
         ["model", "tokens", "press", "what is compared", "rank correlation", *[f"overlap {r}" for r in ratios]],
         [
             [
-                *_subject(r),
+                *subject(r),
                 row["press"],
                 row["what"],
                 pair(*row["spearman"]) if "spearman" in row else "-",
@@ -120,14 +133,14 @@ def replay(results: list[Result]) -> str:
     losses = ("global_kl_0.3", "local_kl_0.3", "global_kl_0.5", "local_kl_0.5")
     rows = [
         [
-            *_subject(r),
+            *subject(r),
             *[times(r, name) for name in ratios],
-            *[f"{_median(r, name):.3f}" for name in shares],
-            *[_mean(r, name) for name in losses],
+            *[f"{median(r, name):.3f}" for name in shares],
+            *[mean(r, name) for name in losses],
         ]
         for r in results
     ]
-    return _section(
+    return section(
         "Global and local replay",
         "A locally replayed chunk sees the prefix and itself, not the rest of the context. Times are multiples of a "
         "plain prefill. Rank correlation (Spearman) is that of all scores, overlap that of the kept pairs. KL is "
@@ -146,16 +159,16 @@ def distill(results: list[Result]) -> str:
     ]  # fmt: skip
     rows = [
         [
-            *_subject(r),
+            *subject(r),
             figure(r, "fast_over_prefill", lambda v: f"{v:.3f}", "x"),
             times(r, "kvzip_over_prefill"),
-            *[f"{_median(r, name):.3f}" for name in ("rank_correlation", "overlap_0.5", "overlap_0.3")],
+            *[f"{median(r, name):.3f}" for name in ("rank_correlation", "overlap_0.5", "overlap_0.3")],
             *[cell for ratio in ("0.5", "0.3") for cell in _losses(r, ratio)],
             r["learned_from"],
         ]
         for r in results
     ]
-    return _section(
+    return section(
         "Foretold scores",
         "`kvzip-fast` on text that its weights were not fitted to. The scorer's time is by its own clock, over "
         "that of the prefill it watches; the replay's is that of `kvzip`. Rank correlation (Spearman) is that of all "
@@ -166,9 +179,42 @@ def distill(results: list[Result]) -> str:
     )
 
 
+def certificate(results: list[Result]) -> str:
+    """The measured loss against that on real questions."""
+    head = [
+        "model", "tokens", "texts", "compared at", "Spearman, ratios", "Spearman, methods too", "within a text",
+        "measured / true", "true below the bound", "cost / prefill",
+    ]  # fmt: skip
+    rows = [
+        [
+            *subject(r),
+            str(r["texts"]),
+            figure(r, "tokens", lambda v: f"{v:.0f}", ""),
+            f"{median(r, 'spearman'):.3f}",
+            f"{median(r, 'spearman_methods'):.3f}",
+            figure(r, "spearman_within", lambda v: f"{v:.3f}", ""),
+            figure(r, "certified_over_true", lambda v: f"{v:.2f}", "x"),
+            share(r, "bound_holds"),
+            figure(r, "cost_over_prefill", lambda v: f"{v:.3f}", "x"),
+        ]
+        for r in results
+    ]
+    return section(
+        "The measured loss",
+        "The certificate's KL, from spans of the text alone, beside the true one: KL(full || compressed) in nats a "
+        "token over the full cache's greedy answers to five real questions. Spearman's rank correlation over texts "
+        "and keep ratios of `kvzip`, and over texts and all cells: `kvzip` at five keep ratios, `kvzip+refit`, "
+        "`kvzip+int4` and `snapkv`. `compared at` is the number of tokens. The bound is for the mean over spans of the "
+        "text; how often the true KL is below it is shown, not promised. The cost is that of both passes, by their "
+        "own clock.",
+        head,
+        rows,
+    )
+
+
 def decode(results: list[Result]) -> str:
     """Attention alone, whole tokens, four questions at once."""
-    attention = _section(
+    attention = section(
         "Attention while decoding",
         "One token's attention over all full-attention layers, caches of random numbers, heads as unequal as KVzip "
         "leaves them; `sdpa` as transformers calls it, over the full cache. The bytes read are set against the "
@@ -185,7 +231,7 @@ def decode(results: list[Result]) -> str:
         ],
         [
             [
-                *_subject(r),
+                *subject(r),
                 r["backend"],
                 milliseconds(r, "full_attention_s"),
                 milliseconds(r, "attention_s"),
@@ -196,7 +242,7 @@ def decode(results: list[Result]) -> str:
             for r in results
         ],
     )
-    tokens = _section(
+    tokens = section(
         "Whole tokens",
         "Milliseconds a token of the whole model, batch 1: transformers with its full cache, with a compressed "
         "context, and transformers with an empty cache, which is the floor. The last column compares four questions "
@@ -204,7 +250,7 @@ def decode(results: list[Result]) -> str:
         ["model", "tokens", "backend", "full cache", "compressed", "empty cache", "full / compressed", "four at once"],
         [
             [
-                *_subject(r),
+                *subject(r),
                 r["backend"],
                 milliseconds(r, "full_token_s"),
                 milliseconds(r, "token_s"),
@@ -223,7 +269,7 @@ def open_(results: list[Result]) -> str:
     head = ["model", "tokens", "prefill again", "open the file", "times sooner", "file"]
     rows = [
         [
-            *_subject(r),
+            *subject(r),
             seconds(r, "prefill_first_token_s"),
             seconds(r, "open_first_token_s"),
             times(r, "prefill_over_open"),
@@ -231,7 +277,7 @@ def open_(results: list[Result]) -> str:
         ]
         for r in results
     ]
-    return _section(
+    return section(
         "The first token of an answer",
         "Seconds from the question to the first token, the model loaded in both cases: by reading text and question "
         "again, and from a `.kvz` file that is opened, checked against its hash, and asked.",
@@ -245,10 +291,10 @@ def memory(results: list[Result]) -> str:
     head = ["model", "tokens", "plain prefill", "our prefill", "compress", "held afterwards", "KV kept", "full KV"]
     peaks = ("plain_peak_nbytes", "prefill_peak_nbytes", "compress_peak_nbytes", "held_nbytes")
     rows = [
-        [*_subject(r), *[mib(_median(r, name)) for name in peaks], mib(r["kv_nbytes"]), mib(r["full_kv_nbytes"])]
+        [*subject(r), *[mib(median(r, name)) for name in peaks], mib(r["kv_nbytes"]), mib(r["full_kv_nbytes"])]
         for r in results
     ]
-    return _section(
+    return section(
         "Memory",
         "Peak resident memory above the loaded model: of a prefill by transformers in one pass, of our prefill in "
         "blocks, and of compressing; and what is held when only the compressed context is left.",
@@ -273,7 +319,7 @@ def scale(results: list[Result]) -> str:
         for row in r["rows"]
     ]
     text = "A tiny Llama with random weights (two layers, two heads on one KV head of 32 dimensions), one run a length."
-    return _section("Long contexts", text, head, rows)
+    return section("Long contexts", text, head, rows)
 
 
 def provenance(results: list[Result]) -> str:
@@ -295,78 +341,26 @@ def _provenance(r: Result) -> str:
     )
 
 
-def _section(title: str, text: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"## {title}\n\n{text}\n\n{table}\n"
-
-
-def _subject(result: Result) -> list[str]:
-    return [result["model"], f"{result['context_len']:,}"]
-
-
-def _median(result: Result, name: str) -> float:
-    return float(result["figures"][name]["median"])
-
-
 def _ranks(result: Result, name: str) -> list[str]:
     """Median and least, or that it is not a matter of ranks."""
     found = result["figures"].get(name)
     return [f"{found['median']:.4f}", f"{found['min']:.4f}"] if found else ["-", "-"]
 
 
-def _least(result: Result, name: str) -> str:
-    return f"{result['figures'][name]['min']:.4f}"
-
-
 def _same(row: dict[str, Any]) -> str:
     return "; ".join(f"{equal} of {total} as {other}" for other, (equal, total) in row["same"].items()) or "-"
-
-
-def _mean(result: Result, name: str) -> str:
-    """Mean and standard error."""
-    values = result["figures"][name]["values"]
-    mean = sum(values) / len(values)
-    error = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values)) ** 0.5
-    return f"{mean:.4f} ± {error:.4f}"
 
 
 def _losses(result: Result, ratio: str) -> list[str]:
     """KL of both methods, and the ratio of the means."""
     names = f"kvzip_kl_{ratio}", f"fast_kl_{ratio}"
     kvzip, fast = (sum(result["figures"][name]["values"]) / result["figures"][name]["n"] for name in names)
-    return [*[_mean(result, name) for name in names], f"{fast / kvzip:.2f}x"]
+    return [*[mean(result, name) for name in names], f"{fast / kvzip:.2f}x"]
 
 
 def _read_rate(result: Result) -> str:
-    rate, most = _median(result, "attention_bytes_per_s"), result["ceilings"]["read_bytes_per_s"]
+    rate, most = median(result, "attention_bytes_per_s"), result["ceilings"]["read_bytes_per_s"]
     return f"{rate / 1e9:.1f} GB/s ({100 * rate / most:.0f}%)"
-
-
-def seconds(result: Result, name: str) -> str:
-    return figure(result, name, lambda v: f"{v:.3g}", " s")
-
-
-def milliseconds(result: Result, name: str) -> str:
-    return figure(result, name, lambda v: f"{1000 * v:.3g}", " ms")
-
-
-def times(result: Result, name: str) -> str:
-    return figure(result, name, lambda v: f"{v:.2f}", "x")
-
-
-def figure(result: Result, name: str, show: Callable[[float], str], unit: str) -> str:
-    """Median and extremes, or that it was not measured."""
-    found = result["figures"].get(name)
-    if found is None:
-        return "not measured"
-    if found["n"] == 1:
-        return f"{show(found['median'])}{unit}"
-    return f"{show(found['median'])} [{show(found['min'])} - {show(found['max'])}]{unit}"
-
-
-def mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
 
 
 SECTIONS: dict[str, Callable[[list[Result]], str]] = {
@@ -376,6 +370,7 @@ SECTIONS: dict[str, Callable[[list[Result]], str]] = {
     "agreement": agreement,
     "replay": replay,
     "distill": distill,
+    "certificate": certificate,
     "decode": decode,
     "open": open_,
     "memory": memory,

@@ -117,6 +117,21 @@ def distill(
 
 
 @app.command(cls=Command, epilog=EPILOG)
+def certificate(
+    model: Model,
+    text: Annotated[str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: texts and their questions.")],
+    context_len: ContextLen = 1000,
+    texts: Annotated[int, typer.Option("--texts", metavar="N", min=1, help="How many texts of that length.")] = 6,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """The measured loss of a context against the loss on real questions, over keep ratios and methods; its cost."""
+    from kvzip.bench.certificate import bench_certificate
+
+    _run(bench_certificate, (context_len, texts, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
 def scale(
     context_len: Annotated[
         list[int] | None, typer.Option("--context-len", metavar="N", help="Tokens; give it again for more lengths.")

@@ -28,9 +28,9 @@ EPILOG = examples(
 )
 JSON_KEYS = (
     "model", "method", "dtype", "context_len", "prefix_len", "keep_ratio_asked", "budget_asked", "keep_ratio",
-    "kv_nbytes", "full_kv_nbytes", "prefill_s", "score_s", "total_s", "peak_rss_bytes",
+    "kv_nbytes", "full_kv_nbytes", "prefill_s", "score_s", "total_s", "peak_rss_bytes", "loss",
 )  # fmt: skip
-SHOWN = ("Model", "Method", "Context", "Kept", "Memory", "Time")
+SHOWN = ("Model", "Method", "Context", "Kept", "Memory", "Loss", "Time")
 
 
 def compress(
@@ -64,6 +64,9 @@ def compress(
     replay_scope: Annotated[
         str, typer.Option(metavar="SCOPE", help="What a repeated chunk sees: global, local, auto (local if long).")
     ] = "auto",
+    no_certificate: Annotated[
+        bool, typer.Option("--no-certificate", help="Do not measure the loss on the text itself at the end.")
+    ] = False,
     force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite a file that is not a .kvz.")] = False,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -81,8 +84,9 @@ def compress(
 
         start(bars)
         options = make_options(
-            keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len, replay_scope=replay_scope
-        )
+            keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len, replay_scope=replay_scope,
+            certify=not no_certificate,
+        )  # fmt: skip
         llm = load_llm(model, bars, dtype=dtype, device=device)
         check_can_fit(llm, text)
         texts = {"system": system, "instruction": instruction, "source": source}
@@ -117,6 +121,7 @@ def run(llm: LLM, text: str, options: CompressOptions, texts: dict[str, str | No
         faithful=options.faithful,
         chunk_len=options.chunk_len,
         replay_scope=options.replay_scope,
+        certify=options.certify,
         progress=bars,
         **texts,
     )
@@ -169,5 +174,5 @@ def print_summary(context: CompressedContext, path: Path, nbytes: int) -> None:
     from kvzip.inspect.summary import facts
 
     known = dict(facts(context.data))
-    print_facts([*((name, known[name]) for name in SHOWN), ("File", f"{path}, {size(nbytes)}")])
+    print_facts([*((name, known[name]) for name in SHOWN if name in known), ("File", f"{path}, {size(nbytes)}")])
     print(f'\nAsk it: kvzip ask {shlex.quote(str(path))} "your question"')

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TITLES = {
     "prefill": "Reading",
     "score": "Scoring",
+    "certify": "Certifying",
     "distill": "Distilling",
     "eval": "Evaluating",
     "asking the hub": "Asking the hub",
@@ -32,6 +33,7 @@ TITLES = {
 UNITS = {
     "prefill": "tokens",
     "score": "tokens",
+    "certify": "tokens",
     "distill": "tokens",
     "eval": "rows",
     "converting": "tensors",

@@ -115,7 +115,7 @@ class _Run:
         self.progress("eval", self.done, self.total)
         try:
             prefilled = self.llm.prefill(sample.context, instruction=task.instruction)
-            full = prefilled.compress(1.0)
+            full = prefilled.compress(CompressOptions(keep_ratio=1.0, certify=False))
             questions = choose(sample.questions, self.settings.max_questions or len(sample.questions))
             asked = ask_full(task, full, questions, self.settings.mode)
         except KVZipError as error:
@@ -137,7 +137,9 @@ class _Run:
 
     def _compressed(self, prefilled: Prefilled, full: CompressedContext, cell: Cell) -> CompressedContext:
         method, keep_ratio = cell
-        return full if method == FULL else prefilled.compress(CompressOptions(keep_ratio=keep_ratio, method=method))
+        if method == FULL:
+            return full
+        return prefilled.compress(CompressOptions(keep_ratio=keep_ratio, method=method, certify=False))
 
     def _row(
         self, task: Task, index: int, context: CompressedContext, asked: list[Asked], cell: Cell

@@ -343,6 +343,15 @@ def replay(model: PreTrainedModel, ids: Tensor, cache: PrefillCache, how: Replay
         cache.set_replay(None)
 
 
+def hidden_behind(model: PreTrainedModel, ids: Tensor, cache: PrefillCache) -> Tensor:
+    """The final hidden states [T, E] of `ids` [T] behind the whole context; they leave nothing behind."""
+    cache.set_replay(Replay(0, 0, cache.length, lambda layer, seen: None, last=-1))
+    try:
+        return forward_at(model, ids, cache.length, cache)
+    finally:
+        cache.set_replay(None)
+
+
 def read_watched(model: PreTrainedModel, ids: Tensor, position: int, cache: PrefillCache) -> None:
     """As `forward_at`, up to the last layer that is watched."""
     with suppress(_AllObserved):

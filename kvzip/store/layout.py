@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 
-from kvzip.context import ContextInfo
+from kvzip.context import LOSS_RANGES, ContextInfo
 from kvzip.ops.quantize import AXES, BITS, Axis, Layout
 from kvzip.store.refusal import Refused, short
 
@@ -170,7 +170,17 @@ def info_in(metadata: Mapping[str, str]) -> ContextInfo:
         kind = type(data.get(field.name, field.default))  # without a default: a type that is never allowed
         if kind not in allowed and not (kind is int and float in allowed):
             raise Refused(f"{field.name!r} in its 'info' is missing or of a wrong type")
+    _check_loss(data.get("loss") or {})
     return ContextInfo.from_dict(data)
+
+
+def _check_loss(loss: dict[str, Any]) -> None:
+    """Numbers within their ranges; members of later versions may be anything, as nothing reads them."""
+    for name, (least, most) in LOSS_RANGES.items():
+        value = loss.get(name, least)
+        if type(value) not in (int, float) or not least <= value <= most:
+            allowed = f"{least} to {most}" if math.isfinite(most) else f"at least {least}"
+            raise Refused(f"{name!r} in the 'loss' of its 'info' is {short(str(value))}, allowed: {allowed}")
 
 
 def _parse(metadata: Mapping[str, str], name: str, kind: Any, is_member: Callable[[Any], bool]) -> Any:

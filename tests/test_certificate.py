@@ -1,0 +1,246 @@
+"""The measured loss: against a slow oracle on every family, what it costs, and that it changes nothing."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import Reference
+from test_families import NOISE, PROMPTS, evicted_of, random_ids
+from tiny import CONFIGS, SMALL, llama, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import kvzip
+from kvzip import certificate
+from kvzip.backends import get_backend
+from kvzip.certificate import (
+    EFFICIENCY,
+    MAX_SPANS,
+    OPENING_LEN,
+    SPAN_LEN,
+    Certifier,
+    make_probe,
+    num_spans_within,
+    upper_bound,
+)
+from kvzip.chunks import MIN_REPLAY_LEN
+from kvzip.compress import Engine, FullContext
+from kvzip.context import LOSS_RANGES, RaggedContext
+from kvzip.errors import InputError
+from kvzip.hf.geometry import probe
+from kvzip.hf.head import SOFTMAX_COST, head_cost, log_probs
+from kvzip.ops.ragged import pack_bits
+from kvzip.sharing import save_shared_layers
+
+RNG = random.Random(0)
+WORDS = ["the quick", "brown", "fox jumps", "over a", "lazy dog", "while", "nobody"]
+TEXT = " ".join(RNG.choice(WORDS) for _ in range(200))
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def case(request: pytest.FixtureRequest) -> SimpleNamespace:
+    model = tiny_model(request.param)
+    engine = Engine(model, probe(model), get_backend(), PROMPTS)
+    full = FullContext(engine, random_ids(0, 7), random_ids(1, 1000))
+    full.prefill()
+    shape = (len(engine.geometry.full_layers), 2, 1000)
+    chance = torch.rand(shape, generator=torch.Generator().manual_seed(7))
+    return SimpleNamespace(
+        model=model, engine=engine, full=full, chance=chance, prefix=full.prefix_ids, certifier=Certifier(full)
+    )
+
+
+def context_of(case: SimpleNamespace, mask: torch.Tensor) -> RaggedContext:
+    ids = case.full.prefix_ids.int(), case.full.context_ids.int()
+    return RaggedContext(case.full.evict(mask), *ids, pack_bits(mask), None, None)
+
+
+def test_it_is_what_masks_over_one_forward_pass_give(case: SimpleNamespace) -> None:
+    mask, asked = case.chance < 0.3, case.certifier.probe
+    case.certifier.ask_full()
+    loss = case.certifier.certify(context_of(case, mask))
+    whole = torch.cat([case.full.prefix_ids, case.full.context_ids, asked.ids])
+    with Reference(case.model) as reference:
+        found = [
+            torch.log_softmax(reference.logits(whole, len(asked.ids), evicted, case.full.length), -1)[asked.asked]
+            for evicted in ({}, evicted_of(case, mask))
+        ]
+    kl = torch.nn.functional.kl_div(found[1], found[0], log_target=True, reduction="none").sum(-1)
+    best = [f.argmax(-1) for f in found]
+    assert kl.mean() > 0.002, "the mask matters, so the comparison can fail"
+    assert loss["kl"] == pytest.approx(
+        float(kl.mean()), rel=2e-2, abs=1e-5
+    )  # float32 noise of logits of about 10, as NOISE
+    assert loss["agreement"] == pytest.approx(float((best[0] == best[1]).float().mean()), abs=1.5 / len(kl))
+    assert loss["repeated_full"] == pytest.approx(float((best[0] == asked.expected).float().mean()), abs=1.5 / len(kl))
+    assert loss["repeated"] == pytest.approx(float((best[1] == asked.expected).float().mean()), abs=1.5 / len(kl))
+
+
+def test_keeping_everything_loses_nothing(case: SimpleNamespace) -> None:
+    case.certifier.ask_full()
+    loss = case.certifier.certify(context_of(case, torch.ones_like(case.chance, dtype=torch.bool)))
+    assert loss["agreement"] == 1 and loss["repeated"] == loss["repeated_full"]
+    assert 0 <= loss["kl"] <= loss["kl_bound"] < 1e-4  # float32 noise: rotated keys are summed in another order
+
+
+def test_the_more_is_evicted_the_more_is_lost(case: SimpleNamespace) -> None:
+    case.certifier.ask_full()
+    kl = [case.certifier.certify(context_of(case, case.chance < share))["kl"] for share in (0.98, 0.7, 0.1)]
+    assert kl == sorted(kl) and kl[0] > 0
+
+
+def test_asking_the_full_cache_leaves_nothing_behind(case: SimpleNamespace) -> None:
+    before = [(layer.keys.clone(), layer.length) for layer in case.full.cache.stored.values()]
+    certifier = Certifier(case.full)
+    certifier.ask_full()
+    for layer, (keys, length) in zip(case.full.cache.stored.values(), before, strict=True):
+        assert torch.equal(layer.keys, keys) and layer.length == length and layer.replay is None
+
+
+def test_the_head_is_the_models_own(case: SimpleNamespace) -> None:
+    ids = random_ids(3, 20)[None]
+    with torch.inference_mode():
+        hidden = case.model.get_decoder()(ids).last_hidden_state[0]
+        expected = torch.log_softmax(case.model(ids).logits[0], -1)
+        torch.testing.assert_close(log_probs(case.model, hidden), expected, **NOISE)
+
+
+def test_a_soft_cap_of_the_logits_is_applied() -> None:
+    model, hidden = tiny_model("gemma2"), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert model.config.final_logit_softcapping
+    plain = torch.log_softmax(model.lm_head(hidden), -1)
+    assert (log_probs(model, hidden) - plain).abs().max() > 0.01
+
+
+def test_a_probe_is_made_of_the_text_alone_and_is_the_same_each_time() -> None:
+    ids, request = torch.randperm(5000)[:900], torch.arange(5)
+    found, again = make_probe(request, ids, 6), make_probe(request, ids.clone(), 6)
+    assert torch.equal(found.ids, again.ids)
+    assert torch.equal(found.ids[:5], request) and len(found.ids) == 5 + 6 * SPAN_LEN
+    places = [int((ids == token).nonzero()) for token in found.ids[5::SPAN_LEN]]
+    for span, place in zip(found.ids[5:].split(SPAN_LEN), places, strict=True):
+        assert torch.equal(span, ids[place : place + SPAN_LEN])
+    strata = sorted(place * 6 // (900 - SPAN_LEN + 1) for place in places)
+    assert strata == list(range(6)), "one from each sixth of the text"
+    assert torch.equal(found.ids[found.asked + 1], found.expected)
+    assert len(found.expected) == 6 * (SPAN_LEN - OPENING_LEN) and found.span_of.bincount().unique().numel() == 1
+    other = make_probe(request, ids.flip(0), 6)
+    assert not torch.equal(other.ids, found.ids)
+
+
+def test_its_length_is_held_to_a_share_of_the_prefill() -> None:
+    model = llama()
+    vocab, body = 300 * (64 + SOFTMAX_COST), sum(p.numel() for p in model.model.parameters()) - 300 * 64
+    assert head_cost(model) == pytest.approx(vocab / body)
+    for head in (0.1, 0.4, 2.5):
+        for length in (300, 700, 2000, 9000):
+            count = num_spans_within(length, 14, float("inf"), head)
+            spent = (14 + count * SPAN_LEN) / EFFICIENCY + count * head * (SPAN_LEN - OPENING_LEN)
+            assert 0 <= count <= MAX_SPANS and (not count or 2 * spent <= 0.25 * length)
+    assert num_spans_within(10**6, 14, float("inf"), 0.4) == MAX_SPANS
+    assert num_spans_within(10**6, 14, 14 + 3 * SPAN_LEN, 0.4) == 3, "the model's positions"
+    assert num_spans_within(10**6, 14, 20, 0.4) == num_spans_within(50, 14, float("inf"), 0.4) == 0
+
+
+def test_the_bound_is_students() -> None:
+    assert upper_bound([1.0, 2.0, 3.0]) == pytest.approx(2 + 2.920 / 3**0.5)
+    assert upper_bound([0.5, 0.5]) == 0.5
+    rng = random.Random(0)
+    covered = [upper_bound([rng.gauss(0, 1) for _ in range(5)]) >= 0 for _ in range(4000)]
+    assert statistics.mean(map(float, covered)) == pytest.approx(0.95, abs=0.015)
+    assert len(certificate.T_QUANTILES) == MAX_SPANS - 1
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kvzip.LLM:
+    monkeypatch.setenv("KVZIP_CACHE", str(tmp_path / "cache"))
+    return kvzip.wrap(llama(), tiny_tokenizer())
+
+
+def test_every_context_has_one_and_its_file_too(tiny: kvzip.LLM, tmp_path: Path) -> None:
+    context = tiny.compress(TEXT, 0.3)
+    loss = context.stats["loss"]
+    assert loss.keys() == LOSS_RANGES.keys() and all(low <= loss[k] <= high for k, (low, high) in LOSS_RANGES.items())
+    assert loss["tokens"] == loss["spans"] * (SPAN_LEN - OPENING_LEN) and 0 < loss["kl"] <= loss["kl_bound"]
+    assert context.data.info.total_s > loss["seconds"] > 0
+    context.save(tmp_path / "a.kvz")
+    assert tiny.open(tmp_path / "a.kvz").stats["loss"] == loss
+
+
+def test_it_changes_nothing_else(tiny: kvzip.LLM) -> None:
+    found, plain = (tiny.compress(TEXT, 0.3, certify=certify) for certify in (True, False))
+    assert plain.data.info.loss is None and torch.equal(found.data.kept_bits, plain.data.kept_bits)
+    for ours, theirs in zip(found.data.layers, plain.data.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+
+
+def test_several_compressions_ask_the_full_cache_once(tiny: kvzip.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    plain = certificate.hidden_behind
+    monkeypatch.setattr(certificate, "hidden_behind", lambda *args: calls.append(1) or plain(*args))
+    prefilled = tiny.prefill(TEXT)
+    prefilled.compress(kvzip.CompressOptions(keep_ratio=0.5, certify=False))
+    assert not calls
+    found = [prefilled.compress(ratio).stats["loss"] for ratio in (0.5, 0.5, 0.1)]
+    assert len(calls) == 1
+    first, second, third = ({**loss, "seconds": 0} for loss in found)
+    assert first == second and third["kl"] > first["kl"]
+    assert {**tiny.compress(TEXT, 0.1).stats["loss"], "seconds": 0} == third, (
+        "the same where the full cache is released"
+    )
+
+
+@pytest.mark.parametrize("text", ["x", "hello", "the end of it all"])
+def test_a_text_that_is_too_short_has_none(tiny: kvzip.LLM, text: str) -> None:
+    assert tiny.compress(text, 1.0).stats["loss"] is None
+
+
+def test_a_text_that_fills_the_positions_has_one_too() -> None:
+    llm = kvzip.wrap(llama(), tiny_tokenizer())
+    used = len(llm.prefix_ids()) + len(llm.tokenize(TEXT)) + llm.engine().prompts.max_len
+    config = LlamaConfig(**SMALL | {"max_position_embeddings": used + MIN_REPLAY_LEN})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert kvzip.wrap(model, tiny_tokenizer()).compress(TEXT, 0.5).stats["loss"]["tokens"] > 10
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("kvzip", {"keep_ratio": 0.3, "replay_scope": "local"}),
+        ("kvzip+refit", {"keep_ratio": 0.3}),
+        ("kvzip", {"keep_ratio": 0.3, "faithful": True}),
+        ("int4", {}),
+        ("kvzip+int4", {"keep_ratio": 0.5}),
+        ("snapkv", {"keep_ratio": 0.5}),
+        ("clusterkv:budget=40,skip_first=0,tokens_per_cluster=8", {}),
+    ],
+)
+def test_every_method_has_one(tiny: kvzip.LLM, method: str, options: dict) -> None:
+    loss = tiny.compress(TEXT, method=method, **options).stats["loss"]
+    assert loss["kl"] > 0
+
+
+def test_shared_layers_are_measured_against_the_full_cache_where_there_is_one(tiny: kvzip.LLM) -> None:
+    save_shared_layers(tiny.fingerprint, {2: 0, 4: 3}, "a test")
+    options = kvzip.CompressOptions(method="kvsharer")
+    assert tiny.prefill(TEXT).compress(options).stats["loss"]["kl"] > 0.01
+    assert tiny.compress(TEXT, method="kvsharer").stats["loss"] is None
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_other_wishes_are_refused(value: object) -> None:
+    with pytest.raises(InputError, match=r"certify .* is neither True nor False"):
+        kvzip.CompressOptions(certify=value)
+
+
+@pytest.mark.real
+def test_real_models(llm: kvzip.LLM, articles: list[dict]) -> None:
+    prefilled = llm.prefill(articles[0]["text"])
+    exact, half, few = (prefilled.compress(ratio).stats["loss"] for ratio in (1.0, 0.5, 0.1))
+    assert exact["agreement"] == 1 and exact["kl_bound"] < 1e-4
+    assert exact["repeated"] == exact["repeated_full"] > 0.3
+    assert 1e-5 < half["kl"] < few["kl"] and few["agreement"] < 1
