@@ -132,7 +132,7 @@ def get_budget_kind(name: str) -> BudgetKind:
     return BUDGET_KINDS[name]
 
 
-def check_keep_ratio(keep_ratio: float) -> float:
+def check_keep_ratio(keep_ratio: float | str) -> float:
     """`keep_ratio` as a float, 0 < r <= 1. Raises BudgetError."""
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
         raise BudgetError(
@@ -175,9 +175,11 @@ def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: A
     return budget
 
 
-def parse_nbytes(text: str) -> int:
-    """Bytes of "64MiB", "1.5 GB" or "4096 B". Raises BudgetError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", text, re.IGNORECASE)
+def parse_nbytes(text: int | str) -> int:
+    """Bytes of "64MiB", "1.5 GB" or "4096 B", or of a number of them, above 0. Raises BudgetError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        text = f"{text}B"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", str(text), re.IGNORECASE)
     if not match:
         raise BudgetError(
             f"budget {text!r} is not an amount: give KV pairs as 10000, or bytes as 64MiB, 200MB or 4096B"

@@ -153,7 +153,7 @@ class ContextInfo:
     pairs kept in full-attention layers, as asked (None where a budget was asked) and as reached.
     full_kv_nbytes: bytes that prefix and context take in the model's own full cache.  *_s: seconds.
     peak_rss_bytes: highest resident memory of the process while compressing.  loss: what was measured of it on the text
-    itself (`kvzip.certificate`), with keys of LOSS_RANGES, or None.
+    itself (`kvzip.certificate`), with keys of LOSS_RANGES, or None.  chosen: what a search chose, and why, in words.
     """
 
     model: str
@@ -174,6 +174,7 @@ class ContextInfo:
     created: str = ""
     kvzip_version: str = ""
     loss: dict[str, Any] | None = None
+    chosen: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

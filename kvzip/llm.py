@@ -98,7 +98,7 @@ class LLM:
     def compress(
         self,
         text: str,
-        keep_ratio: float | None = None,
+        keep_ratio: float | str | None = None,
         *,
         system: str | None = None,
         instruction: str | None = None,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from kvzip.budget import check_keep_ratio
+from kvzip.budget import check_keep_ratio, parse_nbytes
 from kvzip.chunks import CHUNK_LEN
 from kvzip.errors import BudgetError, InputError, UnknownNameError
-from kvzip.methods import parse_method
+from kvzip.methods import Method, parse_method
 
 DEFAULT_KEEP_RATIO = 0.3
+AUTO = "auto"
+DEFAULT_MAX_LOSS = 0.05  # nats a token, where "auto" is asked for and nothing else
 REPLAY_SCOPES = ("auto", "global", "local")
 LOCAL_FROM = 10_000  # tokens of a context from which "auto" replays locally: docs/decisions.md says why
 
@@ -21,6 +24,10 @@ class CompressOptions:
     keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no eviction. Where
     neither it nor `budget` is given: that of a recipe, 1 for a method that evicts nothing, 0.3 otherwise.
     budget: instead, a number of context pairs, or bytes as text ("64MiB").
+    keep_ratio="auto": instead, what is kept and how is searched for (`kvzip.auto`), so that the certificate stays
+    within `max_loss` (0.05 nats a token by default), or that the cache stays within `max_bytes` ("64MiB", a number), or
+    both. Either of these asks for "auto" by itself. With `kvzip` the search goes over the recipes and what lies between
+    them, with another method over its keep ratios.
     method: `kvzip`, a recipe as `kvzip:small`, or parts as `kvzip+uniform` (see `kvzip.methods`). One that decides
     itself how much to keep takes neither of both, and is not `faithful`.
     faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
@@ -29,23 +36,27 @@ class CompressOptions:
     certify: measure the loss on the text itself at the end (`kvzip.certificate`), for at most a quarter of the prefill.
     """
 
-    keep_ratio: float | None = None
+    keep_ratio: float | str | None = None
     budget: int | str | None = None
     method: str = "kvzip"
     faithful: bool = False
     chunk_len: int = CHUNK_LEN
     replay_scope: str = "auto"
     certify: bool = True
+    max_loss: float | None = None
+    max_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)
-        if method.scorer is None:
+        if self.keep_ratio == AUTO or self.max_loss is not None or self.max_bytes is not None:
+            self._check_search(method)
+        elif method.scorer is None:
             self._check_that_all_stays()
         elif method.decides_count:
             self._check_nothing_is_asked()
         elif self.keep_ratio is None and self.budget is None:
             object.__setattr__(self, "keep_ratio", method.keep_ratio or DEFAULT_KEEP_RATIO)
-        if self.keep_ratio is not None:
+        if self.keep_ratio is not None and not self.is_auto:
             check_keep_ratio(self.keep_ratio)
         if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:
             raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
@@ -53,6 +64,38 @@ class CompressOptions:
             raise UnknownNameError.of("replay scope", str(self.replay_scope), REPLAY_SCOPES)
         if not isinstance(self.certify, bool):
             raise InputError(f"certify {self.certify!r} is neither True nor False: give one of them")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether what is kept is to be searched for."""
+        return self.keep_ratio == AUTO
+
+    @property
+    def ratio(self) -> float | None:
+        """The keep ratio as a number; None where a budget or a search decides."""
+        return None if self.keep_ratio is None or self.is_auto else check_keep_ratio(self.keep_ratio)
+
+    def _check_search(self, method: Method) -> None:
+        limits = "max_loss" if self.max_loss is not None else "max_bytes" if self.max_bytes is not None else "'auto'"
+        for name, value in (("keep_ratio", self.keep_ratio), ("budget", self.budget)):
+            if value is not None and value != AUTO:
+                raise BudgetError(
+                    f"{name} {value!r} can't be asked beside {limits}, which has it searched for: leave one out"
+                )
+        if method.scorer is None or method.decides_count or method.shares_layers:
+            lacks = "full cache to be measured against" if method.shares_layers else "keep ratio to search for"
+            raise BudgetError(
+                f"{limits} can't be asked of method {self.method!r}, which has no {lacks}: take another method"
+            )
+        if not self.certify:
+            raise InputError(f"certify False can't be beside {limits}: the search goes by the certificate")
+        if self.max_loss is not None:
+            _check_loss(self.max_loss)
+        if self.max_bytes is not None:
+            parse_nbytes(self.max_bytes)
+        elif self.max_loss is None:
+            object.__setattr__(self, "max_loss", DEFAULT_MAX_LOSS)
+        object.__setattr__(self, "keep_ratio", AUTO)
 
     def _check_that_all_stays(self) -> None:
         if self.keep_ratio not in (None, 1) or self.budget is not None:
@@ -77,3 +120,8 @@ class CompressOptions:
         if self.replay_scope == "auto":
             return not self.faithful and context_len >= LOCAL_FROM
         return self.replay_scope == "local"
+
+
+def _check_loss(loss: float) -> None:
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 < loss < math.inf:
+        raise BudgetError(f"max_loss {loss!r} is out of range: give nats a token above 0, as 0.05")

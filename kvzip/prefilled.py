@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvzip import store
 from kvzip._version import __version__
-from kvzip.budget import resolve_pairs
+from kvzip.auto import Search
+from kvzip.budget import Amounts, resolve_pairs
 from kvzip.certificate import Certifier
 from kvzip.chunks import CHUNK_LEN
 from kvzip.compress import FullContext, Selection, pack_context, select
@@ -77,6 +78,8 @@ class Prefilled:
         """
         if not isinstance(options, CompressOptions):
             options = CompressOptions(keep_ratio=options)
+        if options.is_auto:
+            return self._search(options, progress, started)
         method = parse_method(options.method)
         geometry = geometry or self.llm.geometry_of(method)
         other = self._read_as(geometry, progress)
@@ -85,7 +88,7 @@ class Prefilled:
         transforms = [get_transform(part) for part in method.transforms]
         fetch = None if method.fetch is None else get_fetch(method.fetch)
         amounts = self._full.amounts(transforms)
-        num_pairs = None if method.decides_count else resolve_pairs(options.keep_ratio, options.budget, amounts)
+        num_pairs = None if method.decides_count else resolve_pairs(options.ratio, options.budget, amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
         certifier = self._certifier if options.certify else None
@@ -107,6 +110,14 @@ class Prefilled:
         total_s = spent_s if started is None else time.perf_counter() - started
         info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes(), loss=loss)
         return CompressedContext(self.llm, replace(data, info=info))
+
+    def _search(self, options: CompressOptions, progress: Progress, started: float | None) -> CompressedContext:
+        """What `kvzip.auto` chooses."""
+
+        def amounts_of(method: str) -> Amounts:
+            return self._full.amounts([get_transform(part) for part in parse_method(method).transforms])
+
+        return Search(options, lambda one: self.compress(one, progress=progress, started=started), amounts_of).run()
 
     def scores(
         self,
@@ -201,7 +212,7 @@ class Prefilled:
             fingerprint=self.llm.fingerprint,
             method=method.composition + self._variant(options, method),
             dtype=self.llm.dtype_name,
-            keep_ratio_asked=options.keep_ratio,
+            keep_ratio_asked=options.ratio,
             budget_asked=None if options.budget is None else str(options.budget),
             keep_ratio=mask.sum().item() / mask.numel(),
             full_kv_nbytes=self.llm.geometry.kv_nbytes(self._full.length, self.llm.model.dtype),

@@ -24,3 +24,30 @@ RECIPES = {
     "kvzip:small": Recipe(f"{MENDED}+int4", 0.4, "eight times smaller"),
     "kvzip:tiny": Recipe(f"{MENDED}+int4", 0.25, "twelve times smaller, with a loss that may be felt"),
 }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that a search may choose."""
+
+    method: str
+    keep_ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.method} at keep ratio {self.keep_ratio:g}"
+
+
+_MENDED_INT8_4, _MENDED_INT4 = f"{MENDED}+k8v4", f"{MENDED}+int4"
+FRONTIER = (
+    Candidate("kvzip", 1.0),
+    Candidate(_MENDED_INT8_4, 1.0),
+    Candidate(_MENDED_INT8_4, 0.7),
+    *(Candidate(_MENDED_INT4, ratio) for ratio in (0.8, 0.65, 0.5, 0.4, 0.32, 0.25, 0.2, 0.15, 0.1)),
+)
+RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+
+
+def candidates(method: str) -> tuple[Candidate, ...]:
+    """What a search may choose from, from the largest to the smallest: for `kvzip` what was best at its bytes, for any
+    other method its own keep ratios."""
+    return FRONTIER if method == "kvzip" else tuple(Candidate(method, ratio) for ratio in RATIOS)

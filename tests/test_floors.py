@@ -44,6 +44,7 @@ FLOORS = [
     ],
     [
         "kvzip.options",
+        "kvzip.auto",
         "kvzip.session",
         "kvzip.compressed",
         "kvzip.prefilled",

@@ -86,6 +86,6 @@ def _compress(engine: Engine, prefix: Tensor, ids: Tensor, options: CompressOpti
     started = time.perf_counter()
     scores = full.score(chunk_len=chunk_len, local=options.replays_locally(ids.numel()))
     score_s = time.perf_counter() - started
-    assert options.keep_ratio is not None
-    full.evict(select_global(scores, round(options.keep_ratio * scores.numel())), release=True)
+    assert options.ratio is not None
+    full.evict(select_global(scores, round(options.ratio * scores.numel())), release=True)
     return {"prefill_s": full.prefill_s, "score_s": score_s}

@@ -13,7 +13,7 @@ import typer
 from kvzip.cli.options import Device, DType, Json, Model, Quiet, complete_method, examples
 from kvzip.cli.screen import Bars, print_facts, print_json, size
 from kvzip.cli.texts import STDIN, read_text
-from kvzip.errors import FileError, InputError
+from kvzip.errors import BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
     from kvzip.compressed import CompressedContext
@@ -24,26 +24,38 @@ EPILOG = examples(
     "kvzip compress book.txt -m qwen2.5-coder-0.5b",
     "kvzip compress book.txt -m smollm2-135m --keep-ratio 0.5 -o half.kvz",
     "kvzip compress book.txt -m smollm2-135m --budget 16MiB",
+    "kvzip compress book.txt -m qwen2.5-coder-0.5b --method kvzip:small",
+    "kvzip compress book.txt -m qwen2.5-coder-0.5b --max-loss 0.05",
     "man bash | col -b | kvzip compress - -m qwen2.5-coder-0.5b -o bash.kvz",
 )
 JSON_KEYS = (
     "model", "method", "dtype", "context_len", "prefix_len", "keep_ratio_asked", "budget_asked", "keep_ratio",
-    "kv_nbytes", "full_kv_nbytes", "prefill_s", "score_s", "total_s", "peak_rss_bytes", "loss",
+    "kv_nbytes", "full_kv_nbytes", "prefill_s", "score_s", "total_s", "peak_rss_bytes", "loss", "chosen",
 )  # fmt: skip
-SHOWN = ("Model", "Method", "Context", "Kept", "Memory", "Loss", "Time")
+SHOWN = ("Model", "Method", "Context", "Kept", "Chosen", "Memory", "Loss", "Time")
 
 
 def compress(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A UTF-8 text; - reads standard input.")],
     model: Model,
     keep_ratio: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "-r",
             "--keep-ratio",
             metavar="R",
-            help="Share of the KV pairs to keep, 0 < R <= 1.  [default: 0.3; none where the method decides]",
+            help="Share of the KV pairs to keep, 0 < R <= 1, or auto: the smallest cache within --max-loss.  "
+            "[default: that of a recipe, or 0.3; none where the method decides]",
         ),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Search for the smallest cache that loses at most X nats a token.  [auto: 0.05]"
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="AMOUNT", help="Search for the best cache within bytes, as 64MiB.")
     ] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="AMOUNT", help="Instead: KV pairs as 100000, or bytes as 64MiB.")
@@ -85,7 +97,7 @@ def compress(
         start(bars)
         options = make_options(
             keep_ratio, budget, method=method, faithful=faithful, chunk_len=chunk_len, replay_scope=replay_scope,
-            certify=not no_certificate,
+            certify=not no_certificate, max_loss=max_loss, max_bytes=max_bytes,
         )  # fmt: skip
         llm = load_llm(model, bars, dtype=dtype, device=device)
         check_can_fit(llm, text)
@@ -99,17 +111,26 @@ def compress(
         print_summary(context, target, nbytes)
 
 
-def make_options(keep_ratio: float | None, budget: str | None, **options: Any) -> CompressOptions:
+def make_options(keep_ratio: str | None, budget: str | None, **options: Any) -> CompressOptions:
     """The options, checked before the long work. Raises BudgetError, UnknownNameError or InputError."""
     from kvzip.budget import parse_nbytes
-    from kvzip.options import CompressOptions
+    from kvzip.options import AUTO, CompressOptions
+
+    ratio: float | str | None = keep_ratio
+    if keep_ratio is not None and keep_ratio != AUTO:
+        try:
+            ratio = float(keep_ratio)
+        except ValueError as error:
+            raise BudgetError(
+                f"keep ratio {keep_ratio!r} is no number: give 0 < r <= 1, the fraction of KV pairs to keep, or auto"
+            ) from error
 
     amount: int | str | None = budget
     if budget is not None and budget.strip().lstrip("+-").isdecimal():
         amount = int(budget)
     elif budget is not None:
         parse_nbytes(budget)
-    return CompressOptions(keep_ratio=keep_ratio, budget=amount, **options)
+    return CompressOptions(keep_ratio=ratio, budget=amount, **options)
 
 
 def run(llm: LLM, text: str, options: CompressOptions, texts: dict[str, str | None], bars: Bars) -> CompressedContext:
@@ -122,6 +143,8 @@ def run(llm: LLM, text: str, options: CompressOptions, texts: dict[str, str | No
         chunk_len=options.chunk_len,
         replay_scope=options.replay_scope,
         certify=options.certify,
+        max_loss=options.max_loss,
+        max_bytes=options.max_bytes,
         progress=bars,
         **texts,
     )

@@ -146,6 +146,7 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
         ("Method", info.method),
         ("Context", f"{context.context_len:,} tokens + {context.prefix_len:,} of prefix"),
         ("Kept", f"{format_percent(info.keep_ratio)} of the KV pairs{asked}"),
+        ("Chosen", info.chosen),
         ("Shared layers", shared),
         ("Memory", f"{after} instead of {before}, factor {factor(context)}"),
         ("Resident", context.is_fetched and _resident(context)),
