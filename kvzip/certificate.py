@@ -115,7 +115,10 @@ class Certifier:
         self._full_s = time.perf_counter() - started
 
     def certify(self, context: RaggedContext, progress: Progress = silent) -> dict[str, Any] | None:
-        """The statement of a context of this text; None where the text is too short for one. `ask_full` came before."""
+        """The statement of a context of this text. `ask_full` came before.
+
+        None where the text is too short for one, or where the model's own numbers are not finite.
+        """
         if self.probe is None:
             return None
         started, engine, num_tokens = time.perf_counter(), self.full.engine, len(self.probe.ids)
@@ -124,7 +127,8 @@ class Certifier:
             hidden = forward_at(engine.model, self.probe.ids, 0, SessionCache(context, engine.backend))
             found = compare(engine, self._found, hidden[self.probe.asked.to(hidden.device)], self.probe.expected)
         progress("certify", 2 * num_tokens, 2 * num_tokens)
-        return statement(found, self.probe.span_of, self._full_s + time.perf_counter() - started)
+        loss = statement(found, self.probe.span_of, self._full_s + time.perf_counter() - started)
+        return loss if math.isfinite(loss["kl"]) else None
 
 
 def probe_of(full: FullContext) -> Probe | None:

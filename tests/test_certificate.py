@@ -194,6 +194,13 @@ def test_several_compressions_ask_the_full_cache_once(tiny: kvzip.LLM, monkeypat
     )
 
 
+def test_it_reports_its_progress(tiny: kvzip.LLM) -> None:
+    seen: list[tuple[float, float | None]] = []
+    tiny.compress(TEXT, 0.5, progress=lambda stage, done, total: stage != "certify" or seen.append((done, total)))
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(done) and done[0] == 0 and done[-1] == totals[-1] and len(set(totals)) == 1
+
+
 @pytest.mark.parametrize("text", ["x", "hello", "the end of it all"])
 def test_a_text_that_is_too_short_has_none(tiny: kvzip.LLM, text: str) -> None:
     assert tiny.compress(text, 1.0).stats["loss"] is None
