@@ -143,7 +143,8 @@ def test_its_length_is_held_to_a_share_of_the_prefill() -> None:
             assert 0 <= count <= MAX_SPANS and (not count or 2 * spent <= 0.25 * length)
     assert num_spans_within(10**6, 14, float("inf"), 0.4) == MAX_SPANS
     assert num_spans_within(10**6, 14, 14 + 3 * SPAN_LEN, 0.4) == 3, "the model's positions"
-    assert num_spans_within(10**6, 14, 20, 0.4) == num_spans_within(50, 14, float("inf"), 0.4) == 0
+    assert num_spans_within(10**6, 14, 10, 0.4) == num_spans_within(50, 14, float("inf"), 0.4) == 0
+    assert num_spans_within(10**6, 14, float("inf"), float("inf")) == 0, "a head that can't be counted"
 
 
 def test_the_bound_is_students() -> None:
