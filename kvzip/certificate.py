@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +37,7 @@ T_QUANTILES = (
     6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782,
     1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725, 1.721, 1.717, 1.714,
 )  # fmt: skip
-ROWS = 32  # tokens compared at a time: a row of the vocabulary is long, but reading the head's weights takes time too
+ROWS = 16  # tokens compared at a time: two rows of the vocabulary each, and the head's weights are read once for all
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,15 @@ def _starts(context_ids: Tensor, num_spans: int) -> list[int]:
     return starts
 
 
-def num_spans_within(context_len: int, request_len: int, room: float, head: float) -> int:
-    """How many spans a probe may have, or 0 where it is not worth while.
+def num_spans_within(num_read: int, request_len: int, room: float, head: float) -> int:
+    """How many spans a probe may have, at most MAX_SPANS.
 
-    context_len: tokens that are read, to which the cost is held.  room: positions that the model has left.
+    num_read: tokens that are read, to which the cost is held.  room: positions that the model has left.
     head: `head_cost` of the model.
     """
-    affordable = MAX_COST / 2 * context_len - request_len / EFFICIENCY
+    affordable = MAX_COST / 2 * num_read - request_len / EFFICIENCY
     span_cost = SPAN_LEN / EFFICIENCY + head * (SPAN_LEN - OPENING_LEN)
-    num_spans = int(min(affordable / span_cost, (room - request_len) / SPAN_LEN))
-    return min(num_spans, MAX_SPANS) if num_spans >= MIN_SPANS else 0
+    return max(0, int(min(affordable / span_cost, (room - request_len) / SPAN_LEN, MAX_SPANS)))
 
 
 class Certifier:
@@ -101,7 +101,11 @@ class Certifier:
 
     def __init__(self, full: FullContext) -> None:
         self.full, self._found, self._full_s = full, torch.empty(0), 0.0
-        self.probe = probe_of(full)
+
+    @cached_property
+    def probe(self) -> Probe | None:
+        """What both caches are shown; None where there is no room for it."""
+        return probe_of(self.full)
 
     def ask_full(self, progress: Progress = silent) -> None:
         """Show the probe to the full cache, where that was not done yet."""
@@ -115,7 +119,10 @@ class Certifier:
         self._full_s = time.perf_counter() - started
 
     def certify(self, context: RaggedContext, progress: Progress = silent) -> dict[str, Any] | None:
-        """The statement of a context of this text; None where the text is too short for one. `ask_full` came before."""
+        """The statement of a context of this text. `ask_full` came before.
+
+        None where the text is too short for one, or where the model's own numbers are not finite.
+        """
         if self.probe is None:
             return None
         started, engine, num_tokens = time.perf_counter(), self.full.engine, len(self.probe.ids)
@@ -124,16 +131,17 @@ class Certifier:
             hidden = forward_at(engine.model, self.probe.ids, 0, SessionCache(context, engine.backend))
             found = compare(engine, self._found, hidden[self.probe.asked.to(hidden.device)], self.probe.expected)
         progress("certify", 2 * num_tokens, 2 * num_tokens)
-        return statement(found, self.probe.span_of, self._full_s + time.perf_counter() - started)
+        loss = statement(found, self.probe.span_of, self._full_s + time.perf_counter() - started)
+        return loss if math.isfinite(loss["kl"]) else None
 
 
 def probe_of(full: FullContext) -> Probe | None:
     """The longest probe that costs at most MAX_COST of the prefill; None where that is too short to say anything."""
-    engine, context_len, request = full.engine, full.context_ids.numel(), full.engine.prompts.after
-    limit = engine.geometry.max_positions
+    request, limit = full.engine.prompts.after, full.engine.geometry.max_positions
     room = math.inf if limit is None else limit - full.length
-    num_spans = num_spans_within(full.length, len(request), room, head_cost(engine.model))
-    return make_probe(request, full.context_ids, num_spans) if num_spans and context_len >= SPAN_LEN else None
+    affordable = num_spans_within(full.length, len(request), room, head_cost(full.engine.model))
+    num_spans = min(affordable, full.context_ids.numel() // SPAN_LEN)
+    return make_probe(request, full.context_ids, num_spans) if num_spans >= MIN_SPANS else None
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def compare(engine: Engine, full: Tensor, compressed: Tensor, expected: Tensor) 
         part = slice(start, start + ROWS)
         first, second = log_probs(engine.model, torch.cat([full[part], compressed[part]])).chunk(2)
         best, other, own = first.argmax(-1).cpu(), second.argmax(-1).cpu(), expected[part]
-        kl = (first.exp() * (first - second)).sum(-1).double().cpu()
+        kl = torch.linalg.vecdot(first.exp(), first.sub_(second)).double().cpu()
         for column, values in zip(columns, (kl.clamp_min(0), best == other, best == own, other == own), strict=True):
             column.append(values)
     return Compared(*map(torch.cat, columns))

@@ -6,7 +6,6 @@ the session's own dense tail (`kvzip.hf.cache`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -20,17 +19,17 @@ from kvzip.ops.ragged import unpack_bits
 
 Pairs: TypeAlias = Tensor | QuantizedPairs
 
-# What a statement of the loss may say, and from where to where.
-LOSS_RANGES = {
-    "tokens": (1, math.inf),  # at which the full and the compressed cache were compared
-    "spans": (1, math.inf),  # of the text, that hold them
-    "kl": (0, math.inf),  # mean KL(full || compressed) a token, in nats
-    "kl_bound": (0, math.inf),  # upper confidence limit of the mean over all such spans of the text
+MOST = 1e9  # more than any count, loss or time that a file may state
+LOSS_RANGES = {  # what a statement of the loss may say, and from where to where
+    "tokens": (1, MOST),  # at which the full and the compressed cache were compared
+    "spans": (1, MOST),  # of the text, that hold them
+    "kl": (0, MOST),  # mean KL(full || compressed) a token, in nats
+    "kl_bound": (0, MOST),  # upper confidence limit of the mean over all such spans of the text
     "confidence": (0, 1),  # of that limit
     "agreement": (0, 1),  # share of the tokens where the likeliest next token stays the same
     "repeated_full": (0, 1),  # share of the tokens where the full cache's likeliest is the text's own
     "repeated": (0, 1),  # the same of the compressed one
-    "seconds": (0, math.inf),  # that measuring took
+    "seconds": (0, MOST),  # that measuring took
 }
 
 

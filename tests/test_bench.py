@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.bench import measure, plots, scale
+from kvzip.bench.certificate import bench_certificate
 from kvzip.bench.compress import bench_compress
 from kvzip.bench.decode import bench_decode
 from kvzip.bench.distill import bench_distill
@@ -24,7 +25,10 @@ from kvzip.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PARAGRAPHS = [
-    {"context": f"The lamp of tower {i} was lit in {1800 + i}.", "qas": [{"question": f"When was lamp {i} lit?"}] * 2}
+    {
+        "context": f"The lamp of tower {i} was lit in {1800 + i}.",
+        "qas": [{"question": f"When was lamp {i} lit?", "answers": [{"text": str(1800 + i)}]}] * 2,
+    }
     for i in range(30)
 ]
 
@@ -55,6 +59,7 @@ def results(tiny: kvzip.LLM, squad: str, tmp_path_factory: pytest.TempPathFactor
         bench_memory(tiny, 300, 0.3, 1),
         bench_decode(tiny, 300, 0.3, 1),
         bench_replay(tiny, 600, 1, squad),
+        bench_certificate(tiny, 1000, 1, squad),
         scale.bench_scale([2100, 4500], 0.3, "local"),
     ]
     for result in found:
@@ -81,7 +86,7 @@ def test_the_page_shows_every_result_and_its_picture(results: Path, tmp_path: Pa
     pictures = plots.draw(load_results(results), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures.values()) == ["decode.svg", "scale.svg"]
     page = results_page(results, pictures)
-    assert page.count("How these were measured:") == 7
+    assert page.count("How these were measured:") == 8
     assert all(f"]({name})" in page for name in pictures.values())
     assert "nan" not in page and str(Path.home()) not in page
 

@@ -143,7 +143,8 @@ def test_its_length_is_held_to_a_share_of_the_prefill() -> None:
             assert 0 <= count <= MAX_SPANS and (not count or 2 * spent <= 0.25 * length)
     assert num_spans_within(10**6, 14, float("inf"), 0.4) == MAX_SPANS
     assert num_spans_within(10**6, 14, 14 + 3 * SPAN_LEN, 0.4) == 3, "the model's positions"
-    assert num_spans_within(10**6, 14, 20, 0.4) == num_spans_within(50, 14, float("inf"), 0.4) == 0
+    assert num_spans_within(10**6, 14, 10, 0.4) == num_spans_within(50, 14, float("inf"), 0.4) == 0
+    assert num_spans_within(10**6, 14, float("inf"), float("inf")) == 0, "a head that can't be counted"
 
 
 def test_the_bound_is_students() -> None:
@@ -192,6 +193,13 @@ def test_several_compressions_ask_the_full_cache_once(tiny: kvzip.LLM, monkeypat
     assert {**tiny.compress(TEXT, 0.1).stats["loss"], "seconds": 0} == third, (
         "the same where the full cache is released"
     )
+
+
+def test_it_reports_its_progress(tiny: kvzip.LLM) -> None:
+    seen: list[tuple[float, float | None]] = []
+    tiny.compress(TEXT, 0.5, progress=lambda stage, done, total: stage != "certify" or seen.append((done, total)))
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(done) and done[0] == 0 and done[-1] == totals[-1] and len(set(totals)) == 1
 
 
 @pytest.mark.parametrize("text", ["x", "hello", "the end of it all"])

@@ -23,9 +23,24 @@ def test_compress_prints_a_summary(tiny, monkeypatch, capsys, tmp_path):
     code, out, err = call(monkeypatch, capsys, tmp_path, "compress", "my text.txt", "-m", tiny, "--budget", "900")
     assert (code, err) == (0, "")
     assert re.search(r"^Context +544 tokens", out, re.MULTILINE)
+    assert re.search(r"^Loss +\S+ nats a token \(95 %: below \S+\), \d+ % of 14 tokens agree$", out, re.MULTILINE)
     assert "kvzip ask 'my text.kvz'" in out
     assert not any(line != line.rstrip() for line in out.splitlines())
     assert (tmp_path / "my text.kvz").exists()
+
+
+def test_the_loss_is_measured_unless_told_not_to(tiny, monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    found = []
+    for more in ([], ["--no-certificate"]):
+        compress = ("compress", "text.txt", "-m", tiny, "-r", "0.5", "--json", *more)
+        loss = json.loads(call(monkeypatch, capsys, tmp_path, *compress)[1])["loss"]
+        code, out, _ = call(monkeypatch, capsys, tmp_path, "inspect", "text.kvz", "--json")
+        assert code == 0 and json.loads(out)["loss"] == loss
+        found.append((loss, call(monkeypatch, capsys, tmp_path, "inspect", "text.kvz", "--no-text")[1]))
+    (loss, shown), (nothing, without) = found
+    assert loss["kl"] > 0 and "nats a token" in shown
+    assert nothing is None and "nats a token" not in without
 
 
 def test_compress_reads_stdin_and_replaces_its_own_file(forks, tiny, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
+from kvzip.certificate import Certifier
 from kvzip.errors import BudgetError, InputError, UnknownNameError
 from kvzip.eval.compare import compare
 from kvzip.eval.fidelity import answer_ids
@@ -64,6 +65,14 @@ def test_there_is_a_row_for_everything_and_the_baselines(whole: tuple[Path, list
         assert len(row["answers"]) == (1 if row["task"] == "niah" else 5)
         shares = [share for layer in row["kept_share"] for share in layer]
         assert sum(shares) / len(shares) == pytest.approx(row["keep_ratio"], abs=1e-3)
+
+
+def test_no_loss_is_measured_twice(tiny: kvzip.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("an evaluation needs no certificate")
+
+    monkeypatch.setattr(Certifier, "ask_full", fail)
+    assert run(tiny, tmp_path / "rows.jsonl", tasks=("niah",), limit=1, context_len=1500)[1]
 
 
 def test_keep_ratio_1_of_any_method_is_the_full_cache(whole: tuple[Path, list[dict]]) -> None:

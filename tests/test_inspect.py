@@ -243,6 +243,26 @@ def test_token_texts_join_for_any_tokens(ids):
 # ---- terminal ----
 
 
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        ({"kl": 0.0123, "kl_bound": 0.0311, "confidence": 0.95, "agreement": 0.97, "tokens": 1048},
+         "0.012 nats a token (95 %: below 0.031), 97 % of 1,048 tokens agree"),
+        ({"kl": 0.0, "agreement": 0.9999, "tokens": 7}, "0 nats a token, 99 % of 7 tokens agree"),
+        ({"agreement": 1, "tokens": 7}, "100 % of 7 tokens agree"),
+        ({"kl": 2, "kl_bound": 3.5, "later": "[red]"}, "2 nats a token"),
+        ({"later": "[red]"}, None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_the_loss_is_one_line(loss, line):
+    context = ranked_context(loss=loss)
+    assert dict(summary.facts(context)).get("Loss") == line
+    if line is not None:
+        assert f"<dt>Loss</dt><dd>{html._prose(line)}</dd>" in html.to_html(context, ["x"] * 40)
+        assert line[:30] in " ".join(printed(context, ["x"] * 40).split())
+
+
 def test_terminal_shows_facts_map_and_text():
     context = ranked_context(windows=(0,))
     out = printed(context, [f" w{i}" for i in range(40)], color_system="truecolor", force_terminal=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,8 +27,9 @@ from stored import (
 from torch import Tensor
 
 from kvzip import store
-from kvzip.context import RaggedContext, SavedTail
+from kvzip.context import LOSS_RANGES, RaggedContext, SavedTail
 from kvzip.errors import FileError, FormatError, InputError
+from kvzip.inspect import summary
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,24 @@ STORAGE_REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
     *((add(name), name) for name in ("layers.0.2.keys", "layers.0.0.keys", "layers.1.keys.scales", "layers.0.1.x")),
     (edit_meta("format_version", "1"), ""),
 ]
+
+
+def test_any_loss_is_within_its_ranges_or_refused(stored: tuple[Path, Stored]) -> None:
+    rng, found = random.Random(0), {True: 0, False: 0}
+    values = [0, 1, 0.5, -1, 1e300, 10**400, True, None, "1", [], {}, float("nan"), float("inf")]
+    for _ in range(200):
+        names = rng.sample([*LOSS_RANGES, "later"], rng.randint(0, 3))
+        parts = parts_of(stored[0])
+        edit_info(loss={name: rng.choice(values[:3] if rng.random() < 0.5 else values) for name in names})(parts)
+        forge(stored[0], *parts)
+        loss = None
+        with suppress(FormatError):
+            loss = store.read(stored[0])[0].info.loss
+        found[loss is not None] += 1
+        known = [(value, *LOSS_RANGES[name]) for name, value in (loss or {}).items() if name in LOSS_RANGES]
+        assert all(type(value) in (int, float) and low <= value <= high for value, low, high in known)
+        assert summary.loss_line(loss or {}).isprintable()
+    assert min(found.values()) > 20
 
 
 @pytest.mark.parametrize(("edit", "words"), STORAGE_REFUSALS, ids=[str(i) for i in range(len(STORAGE_REFUSALS))])

@@ -16,6 +16,7 @@ from kvzip.ops.regression import rank_correlation
 from kvzip.options import CompressOptions
 
 NUM_QUESTIONS = 5
+LEAST_SHARE = 0.75  # of the length asked for, that a text must have
 KEEP_RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
 CELLS = (
     *(("kvzip", ratio) for ratio in KEEP_RATIOS),
@@ -57,9 +58,13 @@ def bench_certificate(llm: LLM, context_len: int, num_texts: int, text_path: str
 
 
 def _samples(llm: LLM, context_len: int, num_texts: int, text_path: str) -> list[Sample]:
-    """Texts of the file, evenly spread over it."""
-    settings = TaskSettings(context_len, lambda text: len(llm.tokenize(text)), 1 << 30, path=text_path)
-    found = list(Squad().samples(settings))
+    """Texts of the file, evenly spread over it, none much shorter than the others."""
+
+    def count(text: str) -> int:
+        return len(llm.tokenize(text))
+
+    least, settings = LEAST_SHARE * context_len, TaskSettings(context_len, count, 1 << 30, path=text_path)
+    found = [s for s in Squad().samples(settings) if s.questions and least <= count(s.context) <= context_len]
     if len(found) < num_texts:
         raise InputError(f"{text_path} has {len(found)} texts of {context_len} tokens: give a longer file, or fewer")
     return choose(found, num_texts)

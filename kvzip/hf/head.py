@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +19,9 @@ def log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     config = model.config.get_text_config(decoder=True)
     logits: Tensor = model.get_output_embeddings()(hidden).float()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1:
+        logits = logits * scale
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return torch.log_softmax(logits, dim=-1)
@@ -26,9 +30,11 @@ def log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def head_cost(model: PreTrainedModel) -> float:
     """What the log-probabilities of one token cost, as a share of what the decoder does for one.
 
-    Counted in weights that a token is multiplied with; embeddings are only looked up.
+    Counted in weights that a token is multiplied with; embeddings are only looked up. Infinite where the head is no
+    plain matrix.
     """
-    num_embedded = model.get_input_embeddings().weight.numel()
-    num_body = sum(p.numel() for p in model.get_decoder().parameters()) - num_embedded
-    vocab_size, width = model.get_output_embeddings().weight.shape
-    return float(vocab_size * (width + SOFTMAX_COST) / max(1, num_body))
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None or weight.dim() != 2:
+        return math.inf
+    num_body = sum(p.numel() for p in model.get_decoder().parameters()) - model.get_input_embeddings().weight.numel()
+    return float(weight.shape[0] * (weight.shape[1] + SOFTMAX_COST) / max(1, num_body))

@@ -179,8 +179,7 @@ def _check_loss(loss: dict[str, Any]) -> None:
     for name, (least, most) in LOSS_RANGES.items():
         value = loss.get(name, least)
         if type(value) not in (int, float) or not least <= value <= most:
-            allowed = f"{least} to {most}" if math.isfinite(most) else f"at least {least}"
-            raise Refused(f"{name!r} in the 'loss' of its 'info' is {short(str(value))}, allowed: {allowed}")
+            raise Refused(f"{name!r} in the 'loss' of its 'info' is {short(str(value))}, allowed: {least} to {most:g}")
 
 
 def _parse(metadata: Mapping[str, str], name: str, kind: Any, is_member: Callable[[Any], bool]) -> Any:
