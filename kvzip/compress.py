@@ -274,15 +274,16 @@ class FullContext:
         windows = [layer for layer in layers if layer.window is not None]
         prefix = sum(layer.num_kv_heads for layer in full) * self.prefix_ids.numel()
         head_dim = full[0].head_dim
-        pair_nbytes = min([2.0 * head_dim * itemsize, *(t.pair_nbytes(head_dim, itemsize) for t in transforms)])
-        pair_nbytes += sum(t.bias_nbytes for t in transforms)
+        plain, bias = 2.0 * head_dim * itemsize, sum(t.bias_nbytes for t in transforms)
+        pair_nbytes = bias + min([plain, *(t.pair_nbytes(head_dim, itemsize) for t in transforms)])
+        prefix_nbytes = bias + min([plain, *(t.prefix_pair_nbytes(head_dim, itemsize) for t in transforms)])
         heads = sum(layer.num_kv_heads for layer in full) * sum(t.head_nbytes(head_dim) for t in transforms)
         sliding = sum(
             2 * layer.num_kv_heads * layer.head_dim * min(self.length, (layer.window or 1) - 1) for layer in windows
         )
         offsets = sum(4 * (layer.num_kv_heads + 1) for layer in [*full, *windows])
         num_pairs = sum(layer.num_kv_heads for layer in full) * self.context_ids.numel()
-        fixed = math.ceil(prefix * pair_nbytes) + heads + sliding * itemsize + offsets
+        fixed = math.ceil(prefix * prefix_nbytes) + heads + sliding * itemsize + offsets
         return Amounts(num_pairs, fixed, pair_nbytes)
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -91,6 +92,14 @@ class RaggedLayer:
         """KV pairs of each head, of all levels."""
         own = [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
         return own if self.lower is None else [a + b for a, b in zip(own, self.lower.seqlens, strict=True)]
+
+    def part(self, chosen: Tensor) -> RaggedLayer:
+        """The pairs that are chosen, [N] bool, by head and in their order, of a layer of numbers."""
+        assert isinstance(self.keys, Tensor) and isinstance(self.values, Tensor) and self.lower is None
+        counts = [int(chosen[start:end].sum()) for start, end in pairwise(self.offsets)]
+        offsets = torch.tensor([0, *counts], device=self.device).cumsum(0, dtype=torch.int32)
+        bias = None if self.bias is None else self.bias[chosen]
+        return replace(self, keys=self.keys[chosen], values=self.values[chosen], cu_seqlens=offsets, bias=bias)
 
     @property
     def nbytes(self) -> int:

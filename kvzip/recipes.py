@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MENDED = "kvzip+floored+refit"  # the base of all of them
+MENDED = "reconstruction-plus:power=0.5+floored+refit"  # the base of all of them
 
 
 @dataclass(frozen=True)

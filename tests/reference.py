@@ -150,8 +150,10 @@ class Reference:
         full_layers: tuple[int, ...],
         scale_of,
         softcap: float | None = None,
+        power: float = 1.0,
     ) -> Tensor:
-        """[Lf, Hkv, S] of KVzip+: weights times |W_O v| of each query head, over |h| of each query, then the largest."""
+        """[Lf, Hkv, S] of KVzip+: weights times (|W_O v| of each query head, over |h| of each query) to a power, then the
+        largest."""
         inputs, rows = {}, []
         modules = {m.layer_idx: m for m in self.model.modules() if hasattr(m, "o_proj")}
         handles = [
@@ -174,7 +176,8 @@ class Reference:
                     (values[h // groups] @ out[:, h * head_dim : (h + 1) * head_dim].T).norm(dim=-1)
                     for h in range(len(weights))
                 ]
-                scaled = weights * torch.stack(norms).unsqueeze(1) / inputs[layer].norm(dim=-1)[None, :, None]
+                added = torch.stack(norms).unsqueeze(1) / inputs[layer].norm(dim=-1)[None, :, None]
+                scaled = weights * added**power
                 kept.append(scaled.reshape(len(values), -1, scaled.shape[-1]).amax(dim=1))
             cache.crop(-len(ids))
             rows.append(torch.stack(kept))

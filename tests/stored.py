@@ -148,3 +148,9 @@ def raw(entries: dict[str, Any], data: bytes = b"", padding: int | None = None) 
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8 if padding is None else padding)
     return len(text).to_bytes(8, "little") + text + data
+
+
+def in_floats(layer: RaggedLayer) -> RaggedLayer:
+    """The same layer with the numbers that its codes stand for, level by level."""
+    lower = None if layer.lower is None else in_floats(layer.lower)
+    return RaggedLayer(*layer.dense(), layer.cu_seqlens, layer.window, lower=lower)

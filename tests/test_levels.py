@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stored import in_floats
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -100,11 +101,7 @@ def test_reading_codes_of_both_levels_gives_the_same_logits(case: SimpleNamespac
     low, high = thresholds(case)
     context = made(case, f"{LEANKV},threshold={low},high={high}")
 
-    def dense(layer: RaggedLayer) -> RaggedLayer:
-        lower = None if layer.lower is None else dense(layer.lower)
-        return RaggedLayer(*layer.dense(), layer.cu_seqlens, layer.window, lower=lower)
-
-    floats = replace(context.data, layers=tuple(map(dense, context.data.layers)))
+    floats = replace(context.data, layers=tuple(map(in_floats, context.data.layers)))
     found = kvzip.CompressedContext(case.llm, floats)
     torch.testing.assert_close(logits(context), logits(found), atol=1e-4, rtol=1e-4)
     assert context.data.kv_nbytes < floats.kv_nbytes

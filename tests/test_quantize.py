@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import in_floats
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from kvzip.context import RaggedLayer
 from kvzip.errors import BudgetError, InputError, KVZipError
 from kvzip.methods import parse_method
 from kvzip.ops.quantize import Layout, QuantizedPairs, pack_codes, quantize, unpack_codes
+from kvzip.transforms import get_transform
 from kvzip.transforms.quantize import Quantize
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 6
@@ -172,7 +174,7 @@ def logits(context: kvzip.CompressedContext) -> Tensor:
 @pytest.mark.parametrize("method", ["int8", "int4", "k8v4", "quantize:key_bits=16,value_bits=2", "kvzip+int4"])
 def test_a_quantized_context_is_the_one_of_what_its_codes_read_as(case: SimpleNamespace, method: str) -> None:
     context = made(case, method, 0.5 if method.startswith("kvzip") else None)
-    layers = tuple(RaggedLayer(*layer.dense(), layer.cu_seqlens, layer.window) for layer in context.data.layers)
+    layers = tuple(map(in_floats, context.data.layers))
     floats = kvzip.CompressedContext(case.llm, replace(context.data, layers=layers))
     torch.testing.assert_close(logits(context), logits(floats), atol=1e-4, rtol=1e-4)
     assert context.ask("Who jumps?", max_new_tokens=8).token_ids == floats.ask("Who jumps?", max_new_tokens=8).token_ids
@@ -187,7 +189,7 @@ def test_more_bits_are_closer_and_eviction_comes_first(case: SimpleNamespace) ->
     assert torch.equal(plain.data.keep_mask, small.data.keep_mask)
     for before, after in zip(plain.data.layers, small.data.layers, strict=True):
         if before.window is None:
-            assert isinstance(after.keys, QuantizedPairs) and torch.equal(before.cu_seqlens, after.cu_seqlens)
+            assert isinstance(after.keys, QuantizedPairs) and before.seqlens == after.seqlens
         else:
             assert torch.equal(before.keys, after.keys)
 
@@ -245,3 +247,53 @@ def test_bad_options(method: str, message: str) -> None:
 def test_without_a_scorer_nothing_is_replayed(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvzip.compress.replay", lambda *args: pytest.fail("replayed"))
     assert made(case, "int4").data.keep_mask.all()
+
+
+def test_keys_of_the_prefix_have_more_bits(case: SimpleNamespace) -> None:
+    whole, plain = made(case, "int4:group_size=8"), made(case, "int4:group_size=8,prefix_key_bits=4")
+    prefix_len = whole.data.prefix_len
+    for index in whole.data.full_layers:
+        layer, alone = whole.data.layers[index], plain.data.layers[index]
+        assert prefix_len > 0 and layer.lower is not None and alone.lower is None
+        assert [level.keys.layout.bits for level in layer.levels] == [8, 4]
+        assert [level.values.layout.bits for level in layer.levels] == [4, 4]
+        assert counts_of(layer.offsets) == [prefix_len] * layer.num_kv_heads
+        assert layer.seqlens == alone.seqlens
+        before, (keys, _), (coarse, _) = case.prefilled.compress(1.0).data.layers[index], layer.dense(), alone.dense()
+        for head, start in enumerate(before.offsets[:-1]):
+            own = before.keys[start : start + prefix_len]
+            found = keys[head * prefix_len : (head + 1) * prefix_len]
+            assert (found - own).abs().mean() < 0.2 * (coarse[start : start + prefix_len] - own).abs().mean()
+    eight = made(case, "int8")
+    assert all(layer.lower is None for layer in eight.data.layers), "no fewer bits than the others have"
+
+
+def counts_of(offsets: tuple[int, ...]) -> list[int]:
+    return [b - a for a, b in pairwise(offsets)]
+
+
+@pytest.mark.parametrize("method", ["int4:group_size=8", "k8v4", "kvzip+levels:high=0.02,group_size=8"])
+def test_read_back_is_what_will_be_read(case: SimpleNamespace, method: str) -> None:
+    """What `refit` is told of later transforms, against the layer that they make, head by head."""
+    plain = made(case, "kvzip", 1.0).data
+    coded = made(case, method, 1.0 if method.startswith("kvzip") else None).data
+    (part,) = parse_method(method).transforms
+    transform, prefix_len = get_transform(part), plain.prefix_len
+    scores = case.prefilled.scores(parse_method("kvzip"))
+    for number, index in enumerate(coded.full_layers):
+        layer, before = coded.layers[index], plain.layers[index]
+        levels = [level.dense() for level in layer.levels]
+        for head, (start, end) in enumerate(pairwise(before.offsets)):
+            own = torch.cat([torch.full((prefix_len,), torch.inf), scores[number, head]])
+            for which, pairs in (("keys", before.keys), ("values", before.values)):
+                found = transform.read_back(which, pairs[start:end], own, prefix_len)
+                rows = [
+                    read[which == "values"][level.offsets[head] : level.offsets[head + 1]]
+                    for level, read in zip(layer.levels, levels, strict=True)
+                ]
+                expected, is_high = torch.empty_like(pairs[start:end]), own > (0.02 if "levels" in method else 1e9)
+                if len(rows) == 1:
+                    expected = rows[0]
+                else:
+                    expected[is_high], expected[~is_high] = rows
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stored import in_floats
 from torch import Tensor
 
 import kvzip
@@ -109,12 +110,7 @@ def test_the_order_of_kept_pairs_does_not_matter(case: SimpleNamespace, method: 
 @pytest.mark.parametrize("method", ["int4", "k8v4", "kvzip+int4", "leankv"])
 def test_codes_are_read_as_the_numbers_that_they_stand_for(case: SimpleNamespace, method: str) -> None:
     context = made(case, method, 0.4 if method.startswith("kvzip") else None)
-
-    def dense(layer: RaggedLayer) -> RaggedLayer:
-        lower = None if layer.lower is None else dense(layer.lower)
-        return RaggedLayer(*layer.dense(), layer.cu_seqlens, lower=lower)
-
-    floats = with_layers(context, dense)
+    floats = with_layers(context, in_floats)
     assert (logits(context, case.question) - logits(floats, case.question)).abs().max() < NOISE
     assert context.data.kv_nbytes < 0.6 * floats.data.kv_nbytes or case.llm.name.startswith("gemma3")
 
@@ -143,6 +139,13 @@ def test_refitted_pairs_are_nearer_to_the_full_cache(case: SimpleNamespace) -> N
     reference = make_reference(full, case.llm.question_ids(case.question))
     before, after = (fidelity(context, reference).kl for context in (plain, refitted))
     assert 0 < after < 0.6 * before
+
+
+def test_keys_of_the_prefix_count_most(case: SimpleNamespace) -> None:
+    full = made(case, "kvzip", 1.0)
+    reference = make_reference(full, case.llm.question_ids(case.question))
+    found = [fidelity(made(case, f"int4:prefix_key_bits={bits}"), reference).kl for bits in (8, 4)]
+    assert found[0] < found[1] or case.llm.name == "gemma3-270m"  # has few full-attention layers
 
 
 def test_a_window_longer_than_the_text_and_a_method_without_its_profile(

@@ -128,11 +128,12 @@ def test_accumulated_scores(case: SimpleNamespace, reduce: str) -> None:
     assert (ours[..., -5:] >= PINNED).all() and ours[..., :-5].max() < PINNED
 
 
-def test_reconstruction_plus_scores(case: SimpleNamespace) -> None:
-    ours = case.full.score("reconstruction-plus", 40)
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_reconstruction_plus_scores(case: SimpleNamespace, power: float) -> None:
+    ours = case.full.score(f"reconstruction-plus:power={power}", 40)
     with Reference(case.model) as reference:
         replays = list(case.full._replays(chunk_slices(CONTEXT_LEN, 40)))
-        expected = reference.plus_scores(case.prefix, case.context, replays, *case.about)
+        expected = reference.plus_scores(case.prefix, case.context, replays, *case.about, power=power)
     torch.testing.assert_close(ours, expected, **CLOSE)
     assert not torch.allclose(ours, case.full.score("reconstruction", 40), rtol=0.1)
 
@@ -280,6 +281,17 @@ def test_gaussian_queries_pay_the_expected_attention() -> None:
     sampled = torch.stack([torch.exp(future @ key * 0.5).mean() for key in keys[0, :50]])
     ours = scorer.scores()[0, 0, :50]
     torch.testing.assert_close(ours / ours.sum(), sampled / sampled.sum(), atol=0, rtol=0.03)
+
+
+def test_power_nought_is_kvzip_and_a_half_lies_between(case: SimpleNamespace) -> None:
+    """With one query head and one row a pair's score would be the geometric mean; maxima of several lie above it."""
+    plain, half, plus = (
+        case.full.score(name, 40)
+        for name in ("reconstruction", "reconstruction-plus:power=0.5", "reconstruction-plus:power=1")
+    )
+    torch.testing.assert_close(case.full.score("reconstruction-plus:power=0", 40), plain)
+    assert bool((half <= (plain * plus).sqrt() * (1 + 1e-4)).all()), "Cauchy and Schwarz: no row gives more"
+    assert not torch.allclose(half, plain) and not torch.allclose(half, plus)
 
 
 def test_unit_norms_make_kvzip_plus_kvzip() -> None:

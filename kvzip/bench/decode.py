@@ -14,12 +14,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvzip.bench.baseline import plain_attention
 from kvzip.bench.measure import paired, ratios, report, timed
-from kvzip.bench.synthetic import random_context, random_full_cache
+from kvzip.bench.synthetic import in_codes, random_context, random_full_cache
 from kvzip.compressed import CompressedContext
-from kvzip.context import RaggedLayer
+from kvzip.context import RaggedContext, RaggedLayer
 from kvzip.hf.cache import SessionCache
 from kvzip.llm import LLM
 
+CODES = "int4"  # with biases, as the recipes store pairs
 NUM_TOKENS = 8  # decoded at a time
 ANSWER_TOKENS = 32  # of each question
 QUESTIONS = ["What is this text about?", "Who is named first?", "Where does it end?", "Which year is it?"]
@@ -29,14 +30,15 @@ def bench_decode(llm: LLM, context_len: int, keep_ratio: float, num_runs: int = 
     """Attention and whole tokens over caches of random numbers, against transformers' `sdpa` over its full cache.
 
     Figures: seconds a token of attention over all full-attention layers (`full_attention_s`, `attention_s` at
-    `keep_ratio`, `attention_all_s` at keep ratio 1), the bytes a second that ours reads, seconds a token of the whole
-    model (full cache, ours, and an empty cache: the floor), seconds of four questions one by one and at once; ratios.
+    `keep_ratio`, `attention_all_s` at keep ratio 1, `coded_attention_s` at `keep_ratio` from the codes of `CODES`), the
+    bytes a second that ours reads, seconds a token of the whole model (full cache, ours, ours from codes, and an empty
+    cache: the floor), seconds of four questions one by one and at once; ratios.
     """
     context, everything = random_context(llm, context_len, keep_ratio), random_context(llm, context_len, 1.0)
-    full = random_full_cache(llm, context_len)
-    samples = paired(num_runs, _attention(llm, context, everything, full))
+    full, coded = random_full_cache(llm, context_len), in_codes(context, CODES)
+    samples = paired(num_runs, _attention(llm, context, everything, coded, full))
     del everything
-    samples |= paired(num_runs, _tokens(llm, context, full))
+    samples |= paired(num_runs, _tokens(llm, context, coded, full))
     del full
     samples |= paired(num_runs, _questions(context))
     nbytes = sum(context.data.layers[i].nbytes for i in context.data.full_layers)
@@ -46,10 +48,16 @@ def bench_decode(llm: LLM, context_len: int, keep_ratio: float, num_runs: int = 
         "full_over_attention": ratios(samples["full_attention_s"], samples["attention_s"]),
         "full_over_attention_all": ratios(samples["full_attention_s"], samples["attention_all_s"]),
         "full_over_token": ratios(samples["full_token_s"], samples["token_s"]),
+        "attention_over_coded": ratios(samples["attention_s"], samples["coded_attention_s"]),
+        "token_over_coded": ratios(samples["token_s"], samples["coded_token_s"]),
         "token_over_empty": ratios(samples["token_s"], samples["empty_token_s"]),
         "alone_over_batch": ratios(samples["alone_s"], samples["batch_s"]),
     }
-    sizes = {"kv_nbytes": context.data.kv_nbytes, "full_kv_nbytes": context.data.info.full_kv_nbytes}
+    sizes = {
+        "kv_nbytes": context.data.kv_nbytes,
+        "coded_kv_nbytes": coded.data.kv_nbytes,
+        "full_kv_nbytes": context.data.info.full_kv_nbytes,
+    }
     return report(
         "decode",
         llm,
@@ -63,7 +71,7 @@ def bench_decode(llm: LLM, context_len: int, keep_ratio: float, num_runs: int = 
 
 
 def _attention(
-    llm: LLM, context: CompressedContext, everything: CompressedContext, full: DynamicCache
+    llm: LLM, context: CompressedContext, everything: CompressedContext, coded: CompressedContext, full: DynamicCache
 ) -> dict[str, Callable[[], float]]:
     """One token's attention over all full-attention layers."""
     layers = [llm.geometry.layers[i] for i in llm.geometry.full_layers]
@@ -86,15 +94,18 @@ def _attention(
     def work(run: Callable[[], None]) -> Callable[[], float]:
         return torch.inference_mode()(lambda: timed(run, llm.model.device)[0])
 
-    kept, whole = ([c.data.layers[i] for i in c.data.full_layers] for c in (context, everything))
+    kept, whole, codes = ([c.data.layers[i] for i in c.data.full_layers] for c in (context, everything, coded))
     return {
         "full_attention_s": work(plain),
         "attention_s": work(lambda: ours(kept)),
         "attention_all_s": work(lambda: ours(whole)),
+        "coded_attention_s": work(lambda: ours(codes)),
     }
 
 
-def _tokens(llm: LLM, context: CompressedContext, full: DynamicCache) -> dict[str, Callable[[], float]]:
+def _tokens(
+    llm: LLM, context: CompressedContext, coded: CompressedContext, full: DynamicCache
+) -> dict[str, Callable[[], float]]:
     """Seconds a token of the whole model, a step of `NUM_TOKENS` greedy tokens."""
     context_len = context.data.context_len
 
@@ -117,11 +128,16 @@ def _tokens(llm: LLM, context: CompressedContext, full: DynamicCache) -> dict[st
             cache = DynamicCache(config=llm.model.config)
             return timed(lambda: decode(cache, 0), llm.model.device)[0] / NUM_TOKENS
 
-    def ours() -> float:
-        cache = SessionCache(context.data, llm.backend)
+    def ours(data: RaggedContext) -> float:
+        cache = SessionCache(data, llm.backend)
         return timed(lambda: decode(cache, 0), llm.model.device)[0] / NUM_TOKENS
 
-    return {"full_token_s": with_full, "token_s": ours, "empty_token_s": with_empty}
+    return {
+        "full_token_s": with_full,
+        "token_s": lambda: ours(context.data),
+        "coded_token_s": lambda: ours(coded.data),
+        "empty_token_s": with_empty,
+    }
 
 
 def _questions(context: CompressedContext) -> dict[str, Callable[[], float]]:

@@ -218,7 +218,8 @@ def decode(results: list[Result]) -> str:
         "Attention while decoding",
         "One token's attention over all full-attention layers, caches of random numbers, heads as unequal as KVzip "
         "leaves them; `sdpa` as transformers calls it, over the full cache. The bytes read are set against the "
-        "measured read bandwidth of the machine.",
+        "measured read bandwidth of the machine. `codes` are the same pairs in four bits with biases, as the recipes "
+        "store them.",
         [
             "model",
             "tokens",
@@ -228,6 +229,8 @@ def decode(results: list[Result]) -> str:
             "times faster",
             "read at",
             "at keep ratio 1",
+            "codes",
+            "kept / codes",
         ],
         [
             [
@@ -238,6 +241,8 @@ def decode(results: list[Result]) -> str:
                 times(r, "full_over_attention"),
                 _read_rate(r),
                 times(r, "full_over_attention_all"),
+                milliseconds(r, "coded_attention_s"),
+                times(r, "attention_over_coded"),
             ]
             for r in results
         ],
@@ -247,15 +252,28 @@ def decode(results: list[Result]) -> str:
         "Milliseconds a token of the whole model, batch 1: transformers with its full cache, with a compressed "
         "context, and transformers with an empty cache, which is the floor. The last column compares four questions "
         "asked one after another with the same four in one batch.",
-        ["model", "tokens", "backend", "full cache", "compressed", "empty cache", "full / compressed", "four at once"],
+        [
+            "model",
+            "tokens",
+            "backend",
+            "full cache",
+            "compressed",
+            "from codes",
+            "empty cache",
+            "full / compressed",
+            "compressed / from codes",
+            "four at once",
+        ],
         [
             [
                 *subject(r),
                 r["backend"],
                 milliseconds(r, "full_token_s"),
                 milliseconds(r, "token_s"),
+                milliseconds(r, "coded_token_s"),
                 milliseconds(r, "empty_token_s"),
                 times(r, "full_over_token"),
+                times(r, "token_over_coded"),
                 times(r, "alone_over_batch"),
             ]
             for r in results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -9,7 +11,10 @@ from transformers import DynamicCache
 from kvzip.compressed import CompressedContext
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.llm import LLM
+from kvzip.methods import parse_method
 from kvzip.ops.ragged import pack_bits
+from kvzip.transforms import get_transform
+from kvzip.transforms.base import Evicted
 
 SPREAD = 1.0  # standard deviation of the logarithm of the heads' shares
 
@@ -51,6 +56,23 @@ def random_context(llm: LLM, context_len: int, keep_ratio: float) -> CompressedC
     ids = torch.zeros(context_len, dtype=torch.int32)
     data = RaggedContext(tuple(layers), ids[:0], ids, pack_bits(masks), None, info)
     return CompressedContext(llm, data.to(llm.model.device, llm.model.dtype))
+
+
+def in_codes(context: CompressedContext, name: str) -> CompressedContext:
+    """The same context with biases, its full-attention layers stored by the transform of that name."""
+    (part,), gen = parse_method(name).transforms, torch.Generator().manual_seed(4)
+    transform, data = get_transform(part), context.data
+
+    def coded(layer: RaggedLayer) -> RaggedLayer:
+        if layer.window is not None:
+            return layer
+        bias = torch.randn(layer.offsets[-1], generator=gen).to(layer.device)
+        keep_mask = torch.ones(1, 1, dtype=torch.bool)
+        assert isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor)
+        return transform.apply(replace(layer, bias=bias), Evicted(layer.keys, layer.values, keep_mask, 0))
+
+    layers = tuple(map(coded, data.layers))
+    return CompressedContext(context.llm, replace(data, layers=layers))
 
 
 def head_counts(num_layers: int, num_kv_heads: int, context_len: int, keep_ratio: float) -> Tensor:

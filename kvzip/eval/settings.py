@@ -75,6 +75,8 @@ class EvalSettings:
         chosen = parse_method(method)
         if chosen.decides_count:
             return (None,)
+        if chosen.keep_ratio is not None:  # a recipe brings its own
+            return (chosen.keep_ratio,)
         return self.keep_ratios if chosen.scorer else (1.0,)
 
     def describe(self, llm: LLM) -> dict[str, Any]:

@@ -40,14 +40,17 @@ class Evicted:
             return self.keys[head][self.keep_mask[head]].float()
         assert isinstance(layer.keys, Tensor)
         rows = slice(layer.offsets[head], layer.offsets[head + 1])
-        found = self.read_back("keys", layer.keys[rows], rows)
+        found = self.read_back("keys", layer.keys[rows], rows, self.prefix_len)
         return shift_keys(found.float(), self.inv_freq, self.keys.shape[1])
 
-    def read_back(self, which: Which, pairs: Tensor, rows: slice) -> Tensor:
-        """Keys or values [n, D] of one head, at these rows of the layer, as they are read once all is applied."""
+    def read_back(self, which: Which, pairs: Tensor, rows: slice, prefix_len: int = 0) -> Tensor:
+        """Keys or values [n, D] of one head, at these rows of the layer, as they are read once all is applied.
+
+        prefix_len: how many of them, the first ones, are of the prefix.
+        """
         scores = None if self.scores is None else self.scores[rows]
         for transform in self.later:
-            pairs = transform.read_back(which, pairs, scores)
+            pairs = transform.read_back(which, pairs, scores, prefix_len)
         return pairs
 
     @property
@@ -78,13 +81,20 @@ class BaseTransform:
         """The same pairs in another form. Raises InputError where these can't be stored so."""
         raise NotImplementedError
 
-    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None) -> Tensor:
-        """Keys or values [n, D] of one head as they are read once this is applied.  scores: [n], as of `Evicted`."""
+    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None, prefix_len: int) -> Tensor:
+        """Keys or values [n, D] of one head as they are read once this is applied.
+
+        scores: [n], as of `Evicted`.  prefix_len: how many of the pairs, the first ones, are of the prefix.
+        """
         return pairs
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
         """Bytes of the key and the value of one pair, on average.  itemsize: bytes of a number before."""
         return 2 * head_dim * itemsize
+
+    def prefix_pair_nbytes(self, head_dim: int, itemsize: int) -> float:
+        """The same of a pair of the prefix."""
+        return self.pair_nbytes(head_dim, itemsize)
 
     def head_nbytes(self, head_dim: int) -> int:
         """Bytes that a head may take beside those of its pairs, at most."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
@@ -50,14 +49,14 @@ class Levels(BaseTransform):
         scores = evicted.scores
         assert scores is not None
         is_high = self._is_high(scores).to(layer.device)
-        high, low = (part_of(layer, chosen) for chosen in (is_high, ~is_high))
+        high, low = layer.part(is_high), layer.part(~is_high)
         if not low.offsets[-1]:
             return self.high.apply(high)
         if not high.offsets[-1]:
             return self.low.apply(low)
         return replace(self.high.apply(high), lower=self.low.apply(low))
 
-    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None) -> Tensor:
+    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None, prefix_len: int) -> Tensor:
         assert scores is not None
         found, is_high = pairs.clone(), self._is_high(scores).to(pairs.device)
         for level, chosen in ((self.high, is_high), (self.low, ~is_high)):
@@ -73,12 +72,3 @@ class Levels(BaseTransform):
 
     def head_nbytes(self, head_dim: int) -> int:
         return self.high.head_nbytes(head_dim) + self.low.head_nbytes(head_dim) + 4
-
-
-def part_of(layer: RaggedLayer, chosen: Tensor) -> RaggedLayer:
-    """The pairs of a layer of floats that are chosen, [N] bool, by head and in their order."""
-    counts = [int(chosen[start:end].sum()) for start, end in zip(layer.offsets, layer.offsets[1:], strict=False)]
-    offsets = torch.tensor([0, *counts], device=layer.device).cumsum(0, dtype=torch.int32)
-    keys, values = layer.dense()
-    bias = None if layer.bias is None else layer.bias[chosen]
-    return replace(layer, keys=keys[chosen], values=values[chosen], cu_seqlens=offsets, bias=bias)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import torch
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
@@ -23,8 +24,9 @@ class Quantize(BaseTransform):
     key_bits, value_bits: of a number; 16 leaves the numbers as they are.  key_axis, value_axis: whether neighbouring
     channels of a pair share a scale ("token") or neighbouring pairs of a head do, channel by channel ("channel"). Keys
     have channels that are large in every pair, so few bits want "channel".  group_size: numbers that share a scale; on
-    the "token" axis the largest divisor of the head size up to it.  The prefix is quantized too; sliding windows are
-    not.  Attention reads the codes block by block.
+    the "token" axis the largest divisor of the head size up to it.  prefix_key_bits: of the prefix's keys, along
+    "token", where that is more than `key_bits`: the sinks there draw most of the attention, and their keys would widen
+    the scales of their neighbours.  Sliding windows are not quantized.  Attention reads the codes block by block.
     """
 
     summary = "few bits a number, scales by group"
@@ -39,18 +41,38 @@ class Quantize(BaseTransform):
         key_axis: Axis = "channel",
         value_axis: Axis = "token",
         group_size: Annotated[int, Range(1, 1024)] = 64,
+        prefix_key_bits: Bits = 8,
     ) -> None:
         self.parts: tuple[tuple[Bits, Axis], ...] = ((key_bits, key_axis), (value_bits, value_axis))
         self.group_size = group_size
+        self.prefix = None
+        if prefix_key_bits > key_bits:
+            self.prefix = Quantize(
+                key_bits=prefix_key_bits, value_bits=value_bits, key_axis="token", value_axis="token",
+                group_size=group_size, prefix_key_bits=prefix_key_bits,
+            )  # fmt: skip
 
     def apply(self, layer: RaggedLayer, evicted: Evicted | None = None) -> RaggedLayer:
+        if evicted is None or self.prefix is None or not evicted.prefix_len:
+            return self._coded(layer)
+        is_prefix = torch.zeros(layer.offsets[-1], dtype=torch.bool, device=layer.device)
+        for start in layer.offsets[:-1]:
+            is_prefix[start : start + evicted.prefix_len] = True
+        prefix, rest = self.prefix._coded(layer.part(is_prefix)), layer.part(~is_prefix)
+        return replace(prefix, lower=self._coded(rest)) if rest.offsets[-1] else prefix
+
+    def _coded(self, layer: RaggedLayer) -> RaggedLayer:
+        """All pairs alike."""
         keys, values = (
             pairs if layout is None or not isinstance(pairs, Tensor) else quantize(pairs, layer.offsets, layout)
             for pairs, layout in zip((layer.keys, layer.values), self.layouts(layer.head_dim), strict=True)
         )
         return replace(layer, keys=keys, values=values)
 
-    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None = None) -> Tensor:
+    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None = None, prefix_len: int = 0) -> Tensor:
+        if prefix_len and self.prefix is not None:
+            parts = self.prefix.read_back(which, pairs[:prefix_len]), self.read_back(which, pairs[prefix_len:])
+            return torch.cat(parts)
         key_layout, value_layout = self.layouts(pairs.shape[1])
         layout = key_layout if which == "keys" else value_layout
         if layout is None or not len(pairs):
@@ -69,6 +91,10 @@ class Quantize(BaseTransform):
             for layout in self.layouts(head_dim)
         )
 
+    def prefix_pair_nbytes(self, head_dim: int, itemsize: int) -> float:
+        return (self.prefix or self).pair_nbytes(head_dim, itemsize)
+
     def head_nbytes(self, head_dim: int) -> int:
-        """Scales and zeros of a last group that is not full, of keys and of values."""
-        return sum(4 * head_dim for layout in self.layouts(head_dim) if layout is not None and layout.axis == "channel")
+        """Scales and zeros of a last group that is not full, of keys and of values, and an offset of a second level."""
+        ends = sum(4 * head_dim for layout in self.layouts(head_dim) if layout is not None and layout.axis == "channel")
+        return ends + (8 if self.prefix is not None else 0)
