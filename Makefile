@@ -67,8 +67,8 @@ bench: venv ## Measure on this machine, and write docs/results.md anew; hours, a
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/distill-$$model-2000.json; \
 	done
 	set -e; for model in $(BENCH_MODELS); do \
-	  $(BIN)/kvzip bench certificate -m $$model --context-len 1000 --text $(BENCH_TEXT) --texts 6 \
-	    --json $(RESULTS)/certificate-$$model-1000.json; \
+	  $(BIN)/kvzip bench certificate -m $$model --context-len 900 --text $(BENCH_TEXT) --texts 8 \
+	    --json $(RESULTS)/certificate-$$model-900.json; \
 	done
 	$(BIN)/kvzip bench scale --json $(RESULTS)/scale.json
 	$(MAKE) results

@@ -54,18 +54,18 @@ class Probe:
     span_of: Tensor
 
 
-def make_probe(request: Tensor, context_ids: Tensor, num_spans: int) -> Probe:
+def make_probe(before: Tensor, context_ids: Tensor, num_spans: int) -> Probe:
     """The probe of a text, the same for the same tokens.
 
-    request: [R], what stands before it.  context_ids: [S], at least SPAN_LEN.  Each span begins at a random place of
-    its own part of the text, these being equally long, and they come in random order.
+    before: [R], what stands before the spans.  context_ids: [S], at least SPAN_LEN.  Each span begins at a random place
+    of its own part of the text, these being equally long, and they come in random order.
     """
     starts = _starts(context_ids, num_spans)
     spans = [context_ids[start : start + SPAN_LEN] for start in starts]
-    first = torch.arange(num_spans) * SPAN_LEN + len(request)
+    first = torch.arange(num_spans) * SPAN_LEN + len(before)
     asked = first.unsqueeze(1) + torch.arange(OPENING_LEN - 1, SPAN_LEN - 1)
     return Probe(
-        ids=torch.cat([request, *spans]),
+        ids=torch.cat([before, *spans]),
         asked=asked.flatten(),
         expected=torch.cat([span[OPENING_LEN:] for span in spans]),
         span_of=torch.arange(num_spans).repeat_interleave(SPAN_LEN - OPENING_LEN),
@@ -81,15 +81,15 @@ def _starts(context_ids: Tensor, num_spans: int) -> list[int]:
     return starts
 
 
-def num_spans_within(num_read: int, request_len: int, room: float, head: float) -> int:
+def num_spans_within(num_read: int, before_len: int, room: float, head: float) -> int:
     """How many spans a probe may have, at most MAX_SPANS.
 
     num_read: tokens that are read, to which the cost is held.  room: positions that the model has left.
     head: `head_cost` of the model.
     """
-    affordable = MAX_COST / 2 * num_read - request_len / EFFICIENCY
+    affordable = MAX_COST / 2 * num_read - before_len / EFFICIENCY
     span_cost = SPAN_LEN / EFFICIENCY + head * (SPAN_LEN - OPENING_LEN)
-    return max(0, int(min(affordable / span_cost, (room - request_len) / SPAN_LEN, MAX_SPANS)))
+    return max(0, int(min(affordable / span_cost, (room - before_len) / SPAN_LEN, MAX_SPANS)))
 
 
 class Certifier:
@@ -125,6 +125,7 @@ class Certifier:
         """
         if self.probe is None:
             return None
+        assert self._found.numel()
         started, engine, num_tokens = time.perf_counter(), self.full.engine, len(self.probe.ids)
         progress("certify", num_tokens, 2 * num_tokens)
         with torch.inference_mode():
@@ -137,11 +138,11 @@ class Certifier:
 
 def probe_of(full: FullContext) -> Probe | None:
     """The longest probe that costs at most MAX_COST of the prefill; None where that is too short to say anything."""
-    request, limit = full.engine.prompts.after, full.engine.geometry.max_positions
+    before, limit = full.engine.prompts.after, full.engine.geometry.max_positions
     room = math.inf if limit is None else limit - full.length
-    affordable = num_spans_within(full.length, len(request), room, head_cost(full.engine.model))
+    affordable = num_spans_within(full.length, len(before), room, head_cost(full.engine.model))
     num_spans = min(affordable, full.context_ids.numel() // SPAN_LEN)
-    return make_probe(request, full.context_ids, num_spans) if num_spans >= MIN_SPANS else None
+    return make_probe(before, full.context_ids, num_spans) if num_spans >= MIN_SPANS else None
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,9 @@ class Prefilled:
         )
         if data.is_fetched:
             data = store.mapped(data, cache_dir() / "mapped")
+        loss = None if certifier is None else certifier.certify(data, progress)
         if release:
             release_freed()  # without it the C library may keep what the full cache took
-        loss = None if certifier is None else certifier.certify(data, progress)
         spent_s = info.prefill_s + info.score_s + (loss["seconds"] if loss else 0.0)
         total_s = spent_s if started is None else time.perf_counter() - started
         info = replace(info, total_s=total_s, peak_rss_bytes=peak_rss_nbytes(), loss=loss)

@@ -117,10 +117,10 @@ def test_a_soft_cap_of_the_logits_is_applied() -> None:
 
 
 def test_a_probe_is_made_of_the_text_alone_and_is_the_same_each_time() -> None:
-    ids, request = torch.randperm(5000)[:900], torch.arange(5)
-    found, again = make_probe(request, ids, 6), make_probe(request, ids.clone(), 6)
+    ids, before = torch.randperm(5000)[:900], torch.arange(5)
+    found, again = make_probe(before, ids, 6), make_probe(before, ids.clone(), 6)
     assert torch.equal(found.ids, again.ids)
-    assert torch.equal(found.ids[:5], request) and len(found.ids) == 5 + 6 * SPAN_LEN
+    assert torch.equal(found.ids[:5], before) and len(found.ids) == 5 + 6 * SPAN_LEN
     places = [int((ids == token).nonzero()) for token in found.ids[5::SPAN_LEN]]
     for span, place in zip(found.ids[5:].split(SPAN_LEN), places, strict=True):
         assert torch.equal(span, ids[place : place + SPAN_LEN])
@@ -128,7 +128,7 @@ def test_a_probe_is_made_of_the_text_alone_and_is_the_same_each_time() -> None:
     assert strata == list(range(6)), "one from each sixth of the text"
     assert torch.equal(found.ids[found.asked + 1], found.expected)
     assert len(found.expected) == 6 * (SPAN_LEN - OPENING_LEN) and found.span_of.bincount().unique().numel() == 1
-    other = make_probe(request, ids.flip(0), 6)
+    other = make_probe(before, ids.flip(0), 6)
     assert not torch.equal(other.ids, found.ids)
 
 

@@ -120,8 +120,8 @@ def distill(
 def certificate(
     model: Model,
     text: Annotated[str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: texts and their questions.")],
-    context_len: ContextLen = 1000,
-    texts: Annotated[int, typer.Option("--texts", metavar="N", min=1, help="How many texts of that length.")] = 6,
+    context_len: ContextLen = 900,
+    texts: Annotated[int, typer.Option("--texts", metavar="N", min=1, help="How many texts of that length.")] = 8,
     threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
