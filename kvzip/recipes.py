@@ -20,9 +20,9 @@ class Recipe:
 
 
 RECIPES = {
-    "kvzip:safe": Recipe(f"{MENDED}+int4", 0.8, "four times smaller than 16-bit numbers, hardly any loss"),
-    "kvzip:small": Recipe(f"{MENDED}+int4", 0.4, "eight times smaller"),
-    "kvzip:tiny": Recipe(f"{MENDED}+int4", 0.25, "twelve times smaller, with a loss that may be felt"),
+    "kvzip:safe": Recipe(f"{MENDED}+k8v4", 0.56, "four times smaller than 16-bit numbers"),
+    "kvzip:small": Recipe(f"{MENDED}+int4", 0.38, "eight times smaller"),
+    "kvzip:tiny": Recipe(f"{MENDED}+int4", 0.24, "twelve times smaller"),
 }
 
 
@@ -37,12 +37,11 @@ class Candidate:
         return f"{self.method} at keep ratio {self.keep_ratio:g}"
 
 
-_MENDED_INT8_4, _MENDED_INT4 = f"{MENDED}+k8v4", f"{MENDED}+int4"
 FRONTIER = (
     Candidate("kvzip", 1.0),
-    Candidate(_MENDED_INT8_4, 1.0),
-    Candidate(_MENDED_INT8_4, 0.7),
-    *(Candidate(_MENDED_INT4, ratio) for ratio in (0.8, 0.65, 0.5, 0.4, 0.32, 0.25, 0.2, 0.15, 0.1)),
+    Candidate("kvzip+k8v4", 1.0),
+    *(Candidate(f"{MENDED}+k8v4", ratio) for ratio in (0.8, 0.56)),
+    *(Candidate(f"{MENDED}+int4", ratio) for ratio in (0.65, 0.5, 0.38, 0.3, 0.24, 0.19, 0.15, 0.1)),
 )
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 

@@ -78,9 +78,10 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
         "key_axis": st.sampled_from(["token", "channel"]), "value_axis": st.sampled_from(["token", "channel"]),
         "group_size": st.integers(1, 99), "budget": st.integers(1, 99), "tokens_per_cluster": st.integers(1, 99),
         "skip_first": st.integers(0, 9), "iterations": st.integers(1, 99), "cache_steps": st.integers(0, 64),
-        "whole_layers": st.integers(0, 9), "high": st.floats(-9, 9),
+        "whole_layers": st.integers(0, 9), "high": st.floats(-9, 9), "power": st.floats(0, 2),
         **{f"{level}_{which}_bits": st.sampled_from([16, 8, 4, 2])
            for level in ("high", "low") for which in ("key", "value")},
+        "prefix_key_bits": st.sampled_from([16, 8, 4, 2]),
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")

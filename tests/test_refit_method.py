@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from kvzip.errors import UnknownNameError
 from kvzip.methods import parse_method
 from kvzip.ops.refit import HELD_OUT, Block, refit
 from kvzip.ops.rope import shift_keys
-from kvzip.replayed import ReplayedQueries
+from kvzip.replayed import ReplayedQueries, equal_parts
 from kvzip.scorers import SCORERS
 from kvzip.scorers.base import BaseScorer, Observation, Observer, Shape
 
@@ -56,7 +59,7 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
         groups = len(shown.query) // len(keys)
         held_out = (torch.arange(shown.query.shape[1]) % HELD_OUT == HELD_OUT - 1).repeat(groups)
         for head, kept in enumerate(found.keep_mask[number]):
-            rows = torch.cat(list(shown.query[head * groups : (head + 1) * groups]))
+            rows = torch.cat(list(shown.query[head * groups : (head + 1) * groups].float()))
             raw = rows @ keys[head].T * geometry.scale
             capped = raw if geometry.softcap is None else geometry.softcap * torch.tanh(raw / geometry.softcap)
             attention = torch.softmax(capped, dim=1)
@@ -137,9 +140,10 @@ def test_queries_are_half_of_the_cache_and_stand_in_chunks(case: SimpleNamespace
     for number in range(full._shape[0]):
         shown = queries.of(number)
         rows = shown.query.shape[1] * len(shown.query) // full._shape[1]
-        assert total <= rows <= total + len(shown.query) * len(shown.chunks)
-        assert [(c.start, c.stop) for c in shown.chunks][-1][1] == total and len(shown.chunks) > 2
-        assert shown.chunk_of.unique().tolist() == list(range(len(shown.chunks)))
+        assert 2 * total <= rows <= 2 * total + len(shown.query) * len(shown.blocks)
+        assert shown.query.dtype == torch.float16, "as wide as the cache, half as deep"
+        assert [(c.start, c.stop) for c in shown.blocks][-1][1] == total and len(shown.blocks) > 2
+        assert shown.block_of.unique().tolist() == list(range(len(shown.blocks)))
 
 
 def test_it_makes_no_difference_when_queries_are_taken(case: SimpleNamespace) -> None:
@@ -205,3 +209,24 @@ def test_it_needs_something_that_evicts() -> None:
     with pytest.raises(UnknownNameError, match="has no scorer"):
         parse_method("refit+int4")
     assert parse_method("kvzip+int4+refit").composition == "reconstruction+global+refit+quantize"
+
+
+@given(st.integers(0, 50), st.integers(1, 5000), st.integers(1, 1500))
+def test_equal_parts_are_consecutive_and_small_enough(start: int, total: int, most: int) -> None:
+    parts = equal_parts(slice(start, start + total), most)
+    lengths = [part.stop - part.start for part in parts]
+    assert parts[0].start == start and parts[-1].stop == start + total
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+    assert min(lengths) >= 1 and max(lengths) <= most and max(lengths) - min(lengths) <= 1
+    assert len(parts) == -(-total // most)
+
+
+def test_long_chunks_are_fitted_in_blocks_by_what_repeats_them(
+    case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvzip.replayed, "BLOCK_LEN", 100)
+    shown = queries_of(case).of(0)
+    assert len(shown.blocks) == -(-case.prefilled._full.context_ids.numel() // 100) > 1
+    counts = shown.block_of.bincount()
+    assert (shown.block_of.diff() >= 0).all() and counts.max() - counts.min() <= 1
+    assert any(layer.bias is not None for layer in case.llm.compress(TEXT, 0.4, method="kvzip+refit").data.layers)

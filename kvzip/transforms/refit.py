@@ -20,7 +20,7 @@ BLOCK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 class Refit(BaseTransform):
     """Each kept pair of the context gets a bias of its logit and another value, by least squares on replayed queries.
 
-    Head by head and chunk by chunk, so that what remains of a chunk has the attention mass and puts out the values that
+    Head by head and block by block, so that what remains of a block has the attention mass and puts out the values that
     all of it had (`kvzip.ops.refit`). Some of the queries have no part in the fit and choose its ridge; where they are
     better off without, the pairs stay as they are. The prefix is whole and is not changed. Where pairs become codes
     afterwards, the fit is made with the keys as they will be read, and chosen by the values as they will be.
@@ -55,27 +55,27 @@ class Refit(BaseTransform):
 def _blocks(
     rows: Tensor, queries: LayerQueries, evicted: Evicted, layer: RaggedLayer, head: int
 ) -> Iterator[tuple[slice, Block, Tensor]]:
-    """Of each chunk of a head: where its pairs stand in the layer, what queries take of them, which are held out.
+    """Of each block of a head: where its pairs stand in the layer, what queries take of them, which are held out.
 
-    rows: [G, T, D], the queries.  Chunks of which nothing is left, or that stay as they were, are skipped.
+    rows: [G, T, D], the queries.  Blocks of which nothing is left, or that stay as they were, are skipped.
     """
     all_keys, all_values = evicted.keys[head].float(), evicted.values[head].float()
     kept_keys, keep_mask = evicted.read_keys(layer, head), evicted.keep_mask[head]
     outputs, lses = _attend_all(rows, all_keys, all_values, queries)
-    for number, chunk in enumerate(queries.chunks):
-        part = slice(evicted.prefix_len + chunk.start, evicted.prefix_len + chunk.stop)
+    for number, block in enumerate(queries.blocks):
+        part = slice(evicted.prefix_len + block.start, evicted.prefix_len + block.stop)
         first, count = int(keep_mask[: part.start].sum()), int(keep_mask[part].sum())
         if not count or (count == part.stop - part.start and not evicted.is_rounded):
             continue
-        shown = _shown(queries.chunk_of, number).to(rows.device)
+        shown = _shown(queries.block_of, number).to(rows.device)
         asking, total = rows[:, shown].flatten(0, 1), lses[:, shown].flatten()
         attention = _attention(asking, all_keys[part], total, queries)
         taken = attention @ all_values[part]
         kept = _attention(asking, kept_keys[first : first + count], total, queries)
-        block = Block(kept, attention.sum(dim=1), taken, outputs[:, shown].flatten(0, 1) - taken)
+        seen = Block(kept, attention.sum(dim=1), taken, outputs[:, shown].flatten(0, 1) - taken)
         is_held_out = (torch.arange(len(shown), device=rows.device) % HELD_OUT == HELD_OUT - 1).repeat(len(rows))
         start = layer.offsets[head] + first
-        yield slice(start, start + count), block, is_held_out
+        yield slice(start, start + count), seen, is_held_out
 
 
 def _attention(rows: Tensor, keys: Tensor, lses: Tensor, queries: LayerQueries) -> Tensor:
@@ -93,9 +93,9 @@ def _attend_all(rows: Tensor, keys: Tensor, values: Tensor, queries: LayerQuerie
     return torch.cat([out[0] for out, _ in found], dim=1), torch.cat([lse[0] for _, lse in found], dim=1)
 
 
-def _shown(chunk_of: Tensor, number: int) -> Tensor:
-    """Which queries a chunk is fitted to: all that repeat it, and at most as many of the others, evenly spread."""
-    own, others = (chunk_of == number).nonzero().squeeze(1), (chunk_of != number).nonzero().squeeze(1)
+def _shown(block_of: Tensor, number: int) -> Tensor:
+    """Which queries a block is fitted to: all that repeat it, and at most as many of the others, evenly spread."""
+    own, others = (block_of == number).nonzero().squeeze(1), (block_of != number).nonzero().squeeze(1)
     if len(others) > len(own):
         others = others[torch.linspace(0, len(others) - 1, len(own)).long()]
     return torch.cat([own, others]).sort().values
