@@ -53,7 +53,7 @@ check: venv ## Lint, format and types
 
 bench: venv ## Measure on this machine, and write docs/results.md anew; hours, and nothing else may run
 	mkdir -p $(RESULTS)
-	set -e; for model in $(BENCH_MODELS); do for len in $(BENCH_LENS); do for what in compress open memory replay; do \
+	set -e; for model in $(BENCH_MODELS); do for len in $(BENCH_LENS); do for what in compress open memory replay refit; do \
 	  $(BIN)/kvzip bench $$what -m $$model --context-len $$len --text $(BENCH_TEXT) \
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/$$what-$$model-$$len.json; \
 	done; done; done

@@ -17,6 +17,7 @@ from kvzip.bench.decode import bench_decode
 from kvzip.bench.distill import bench_distill
 from kvzip.bench.memory import bench_memory
 from kvzip.bench.open import bench_open
+from kvzip.bench.refit import bench_refit
 from kvzip.bench.replay import bench_replay
 from kvzip.bench.report import load_results, results_page
 from kvzip.bench.sections import SECTIONS
@@ -59,6 +60,7 @@ def results(tiny: kvzip.LLM, squad: str, tmp_path_factory: pytest.TempPathFactor
         bench_memory(tiny, 300, 0.3, 1),
         bench_decode(tiny, 300, 0.3, 1),
         bench_replay(tiny, 600, 1, squad),
+        bench_refit(tiny, 300, 0.4, 1, squad),
         bench_certificate(tiny, 1000, 1, squad),
         scale.bench_scale([2100, 4500], 0.3, "local"),
     ]
@@ -86,7 +88,7 @@ def test_the_page_shows_every_result_and_its_picture(results: Path, tmp_path: Pa
     pictures = plots.draw(load_results(results), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures.values()) == ["decode.svg", "scale.svg"]
     page = results_page(results, pictures)
-    assert page.count("How these were measured:") == 8
+    assert page.count("How these were measured:") == 9
     assert all(f"]({name})" in page for name in pictures.values())
     assert "nan" not in page and str(Path.home()) not in page
 

@@ -117,6 +117,18 @@ def distill(
 
 
 @app.command(cls=Command, epilog=EPILOG)
+def refit(
+    model: Model, context_len: ContextLen = 2000, keep_ratio: KeepRatio = 0.4, runs: Runs = 3, text: Text = None,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Mending what stays (refit) against the replay whose queries it uses: seconds."""
+    from kvzip.bench.refit import bench_refit
+
+    _run(bench_refit, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
 def certificate(
     model: Model,
     text: Annotated[str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: texts and their questions.")],
