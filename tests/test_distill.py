@@ -230,7 +230,7 @@ def test_scores_while_reading_are_those_of_reading_again(llm: kvzip.LLM) -> None
     direct = llm.compress(OTHER, 0.4, method="kvzip-fast").data
     later = llm.prefill(OTHER).compress(kvzip.CompressOptions(keep_ratio=0.4, method="kvzip-fast")).data
     assert torch.equal(direct.keep_mask, later.keep_mask) and torch.equal(direct.ranks, later.ranks)
-    assert direct.info.method == "distilled+global"
+    assert direct.info.method == "distilled+floored"
     assert direct.keep_mask.sum() == round(0.4 * direct.keep_mask.numel())
     truth = llm.prefill(OTHER).compress(0.4).data
     assert not torch.equal(direct.keep_mask, truth.keep_mask), "they are foretold, not known"
