@@ -37,7 +37,7 @@ T_QUANTILES = (
     6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782,
     1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725, 1.721, 1.717, 1.714,
 )  # fmt: skip
-ROWS = 16  # tokens compared at a time: two rows of the vocabulary each, and the head's weights are read once for all
+ROWS = 24  # tokens compared at a time: two rows of the vocabulary each, and the head's weights are read once for all
 
 
 @dataclass(frozen=True)

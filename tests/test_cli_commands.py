@@ -149,6 +149,7 @@ def test_methods_are_listed_with_needs_and_options(tmp_path, monkeypatch, capsys
     rows = json.loads(call(monkeypatch, capsys, tmp_path, "methods", "--json")[1])
     found = {(row["kind"], row["name"]): row for row in rows}
     assert len(found) == len(rows) and {row["kind"] for row in rows} == {
+        "recipe",
         "method",
         "scorer",
         "budget",

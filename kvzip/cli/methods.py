@@ -45,9 +45,9 @@ def _recipes() -> list[dict[str, Any]]:
 
     rows = []
     for name, recipe in RECIPES.items():
-        about = f"{recipe.help} (keep ratio {recipe.keep_ratio:g})"
-        method = parse_method(name)
-        rows.append(_row("recipe", name, method.composition, about, method.composition, [], True, False, {}))
+        method, about = parse_method(name), f"{recipe.help}, keep ratio {recipe.keep_ratio:g}"
+        facts = recipe.composition, sorted(method.needs), True, False, {}
+        rows.append(_row("recipe", name, method.composition, about, *facts))
     return rows
 
 
