@@ -46,8 +46,9 @@ def _recipes() -> list[dict[str, Any]]:
     rows = []
     for name, recipe in RECIPES.items():
         method, about = parse_method(name), f"{recipe.help}, keep ratio {recipe.keep_ratio:g}"
-        facts = recipe.composition, sorted(method.needs), True, False, {}
-        rows.append(_row("recipe", name, method.composition, about, *facts))
+        rows.append(
+            _row("recipe", name, method.composition, about, recipe.composition, sorted(method.needs), True, False, {})
+        )
     return rows
 
 
