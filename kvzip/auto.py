@@ -86,13 +86,8 @@ class Search:
     def _made(self, index: int) -> CompressedContext:
         candidate = self.candidates[index]
         context = self._compress(self._plain(candidate.keep_ratio, candidate.method))
-        loss = context.data.info.loss
-        if loss is None:
-            raise BudgetError(
-                f"keep_ratio 'auto' can't be served: this text of {context.data.context_len} tokens is too short to "
-                "measure a loss on; give a keep ratio"
-            )
-        self._bounds[index] = loss["kl_bound"]
+        if context.data.info.loss is not None:
+            self._bounds[index] = context.data.info.loss["kl_bound"]
         return context
 
     def _plain(self, keep_ratio: float | None, method: str, budget: str | None = None) -> CompressOptions:
@@ -118,7 +113,7 @@ class Search:
         if not fits:
             return BudgetError(f"{message}, and none is as small as that; allow more bytes")
         loss = self._within_bytes().data.info.loss
-        assert loss is not None
+        assert loss is not None  # or nothing could have been measured before
         return BudgetError(f"{message}, within the bytes it loses up to {loss['kl_bound']:.2g} nats a token; allow one")
 
 

@@ -19,6 +19,7 @@ from kvzip.chunks import CHUNK_LEN
 from kvzip.compress import FullContext, Selection, pack_context, select
 from kvzip.compressed import CompressedContext
 from kvzip.context import ContextInfo
+from kvzip.errors import BudgetError
 from kvzip.fetch import get_fetch
 from kvzip.hf.geometry import Geometry
 from kvzip.memory import peak_rss_nbytes, release_freed
@@ -113,6 +114,11 @@ class Prefilled:
 
     def _search(self, options: CompressOptions, progress: Progress, started: float | None) -> CompressedContext:
         """What `kvzip.auto` chooses."""
+        if options.max_loss is not None and (self._certifier is None or self._certifier.probe is None):
+            raise BudgetError(
+                f"max_loss {options.max_loss:g} can't be held: this text of {self._full.context_ids.numel()} tokens is "
+                "too short to measure a loss on; give a keep ratio, or max_bytes"
+            )
 
         def amounts_of(method: str) -> Amounts:
             return self._full.amounts([get_transform(part) for part in parse_method(method).transforms])

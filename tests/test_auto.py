@@ -34,14 +34,13 @@ class FakeData:
 class Fake:
     """Compresses in no time: the bound of a candidate is told, a pair takes 4 bytes and 500 are always taken."""
 
-    def __init__(self, bounds: dict[tuple[str, float], float] | None) -> None:
+    def __init__(self, bounds: dict[tuple[str, float], float]) -> None:
         self.bounds, self.asked = bounds, list[CompressOptions]()
 
     def __call__(self, options: CompressOptions) -> Any:
         self.asked.append(options)
         ratio = options.ratio or (int(str(options.budget)[:-1]) - 500) / 4000
-        bound = None if self.bounds is None else self.bounds.get((options.method, ratio), 0.5)
-        loss = None if bound is None else {"kl_bound": bound}
+        loss = {"kl_bound": self.bounds.get((options.method, ratio), 0.5)}
         info = ContextInfo("m", "f", options.method, "float32", options.ratio, None, ratio, 4500, loss=loss)
         return kvzip.CompressedContext(None, FakeData(info, 500 + round(4000 * ratio)))  # type: ignore[arg-type]
 
@@ -61,7 +60,7 @@ LOSSES = st.lists(st.floats(1e-6, 10), min_size=len(FRONTIER), max_size=len(FRON
 @given(LOSSES, st.floats(1e-6, 10))
 def test_the_smallest_within_the_loss(losses: list[float], limit: float) -> None:
     fake = rising(losses)
-    fitting = [c for c in FRONTIER if fake.bounds is not None and fake.bounds[c.method, c.keep_ratio] <= limit]
+    fitting = [c for c in FRONTIER if fake.bounds[c.method, c.keep_ratio] <= limit]
     if not fitting:
         with pytest.raises(BudgetError, match=r"^max_loss .* can't be reached: .*; allow that much$"):
             search(fake, max_loss=limit)
@@ -106,9 +105,16 @@ def test_another_method_is_searched_by_its_keep_ratios() -> None:
     assert found.info.method == "snapkv" and found.info.keep_ratio == 0.5
 
 
-def test_a_text_without_a_certificate_is_refused() -> None:
-    with pytest.raises(BudgetError, match=r"^keep_ratio 'auto' can't be served: this text of 100 tokens is too short"):
-        search(Fake(None), keep_ratio="auto")
+def test_a_text_too_short_to_measure() -> None:
+    """Refused before it is replayed; bytes alone need no certificate."""
+    llm = kvzip.wrap(tiny_model("llama", seed=3), tiny_tokenizer())
+    prefilled = llm.prefill("A short text.")
+    with pytest.raises(BudgetError, match=r"^max_loss 0.05 can't be held: this text of \d+ tokens is too short"):
+        prefilled.compress(CompressOptions(keep_ratio="auto"))
+    assert not prefilled._scores
+    full = prefilled.compress(1.0).data.kv_nbytes
+    assert prefilled.compress(CompressOptions(max_bytes=full)).data.kv_nbytes == full
+    assert prefilled.compress(CompressOptions(max_bytes=full // 2)).data.kv_nbytes <= full // 2
 
 
 def test_the_frontier_falls_and_holds_the_recipes() -> None:
@@ -162,7 +168,7 @@ def test_a_tiny_model_is_searched_with_one_replay(family: str) -> None:
 
 @pytest.mark.real
 def test_real_text_within_a_loss_and_within_bytes(llm: kvzip.LLM, articles: list[dict]) -> None:
-    text = min(articles, key=lambda a: len(a["text"]))["text"][:2400]
+    text = max(articles, key=lambda a: len(a["text"]))["text"][:3800]
     prefilled = llm.prefill(text)
     found = [prefilled.compress(CompressOptions(max_loss=limit)).data for limit in (0.01, 0.3)]
     for data, limit in zip(found, (0.01, 0.3), strict=True):
