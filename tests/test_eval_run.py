@@ -24,6 +24,7 @@ from kvzip.eval.settings import EvalSettings, hash_of
 from kvzip.eval.summary import summarize
 from kvzip.eval.tasks import get_task
 from kvzip.eval.tasks.base import Question, choose
+from kvzip.recipes import RECIPES
 
 SETTINGS: dict[str, Any] = {
     "tasks": ("niah", "math-find"), "methods": ("kvzip", "random"), "keep_ratios": (1, 0.2), "context_len": 300,
@@ -85,6 +86,14 @@ def test_keep_ratio_1_of_any_method_is_the_full_cache(whole: tuple[Path, list[di
                 assert (answer["answer"], answer["score"]) == (before["answer"], before["score"])
         elif row["kind"] == "row":
             assert row["kv_nbytes"] < 0.5 * row["full_kv_nbytes"]
+
+
+def test_a_recipe_is_measured_at_its_own_keep_ratio(tiny: kvzip.LLM, tmp_path: Path) -> None:
+    changes = {"tasks": ("niah",), "methods": ("kvzip:small", "kvzip"), "limit": 1}
+    header, rows = run(tiny, tmp_path / "rows.jsonl", **changes)
+    asked = [row["keep_ratio_asked"] for row in rows if row["kind"] == "row" and row["method"] == "kvzip:small"]
+    assert asked == [RECIPES["kvzip:small"].keep_ratio]
+    assert "kvzip:small" in report_page(header, rows)
 
 
 def test_a_method_that_decides_how_much_to_keep_is_measured_once(tiny: kvzip.LLM, tmp_path: Path) -> None:
