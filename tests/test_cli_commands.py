@@ -14,6 +14,7 @@ from command_line import ASK_KEYS, COMPRESS_KEYS, TEXT, Running, call, run
 import kvzip
 from kvzip.cli import demo
 from kvzip.loading import load
+from kvzip.recipes import RECIPES
 
 # ---- the commands, on a tiny model
 
@@ -345,3 +346,37 @@ def test_the_full_cache_answers_every_question_of_the_demo():
     full, quizzes = load("qwen2.5-coder-0.5b").prefill(demo.load_text()).compress(1.0), demo.load_quizzes()
     answers = full.ask_many([quiz.question for quiz in quizzes], max_new_tokens=demo.MAX_NEW_TOKENS)
     assert not [answer for quiz, answer in zip(quizzes, answers, strict=True) if not quiz.is_right(answer)]
+
+
+def test_what_is_kept_is_searched_for(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    args = ["compress", "text.txt", "-m", tiny, "--json"]
+    code, out, _ = call(monkeypatch, capsys, tmp_path, *args, "--keep-ratio", "auto", "--max-loss", "0.5")
+    found = json.loads(out)
+    assert code == 0 and found["loss"]["kl_bound"] <= 0.5 and "with a loss of at most 0.5" in found["chosen"]
+    code, out, _ = call(monkeypatch, capsys, tmp_path, *args, "--max-bytes", f"{found['full_kv_nbytes'] // 3}B")
+    small = json.loads(out)
+    assert code == 0 and small["kv_nbytes"] <= found["full_kv_nbytes"] // 3 and "the best of 12" in small["chosen"]
+    code, out, _ = call(monkeypatch, capsys, tmp_path, "inspect", "text.kvz")
+    assert code == 0 and "Chosen" in out
+    code, out, _ = call(monkeypatch, capsys, tmp_path, *args, "--method", "kvzip:small")
+    assert code == 0 and json.loads(out)["keep_ratio_asked"] == RECIPES["kvzip:small"].keep_ratio
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-r", "much"], "keep ratio 'much' is no number: give 0 < r <= 1"),
+        (["-r", "2"], "keep ratio 2.0 is out of range"),
+        (["-r", "0.3", "--max-loss", "0.1"], "keep_ratio 0.3 can't be asked beside max_loss"),
+        (["--max-loss", "-1"], "max_loss -1.0 is out of range: give nats a token above 0"),
+        (["--max-bytes", "1KB"], "max_bytes '1KB' is too small"),
+        (["--max-bytes", "plenty"], "'plenty' is not an amount"),
+        (["--method", "kvzip:huge"], "unknown recipe 'kvzip:huge': "),
+        (["--max-loss", "0.1", "--no-certificate"], "the search goes by the certificate"),
+    ],
+)
+def test_what_a_search_can_not_do(options, message, tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "compress", "text.txt", "-m", tiny, *options)
+    assert code == 1 and message in err and out == "" and not (tmp_path / "text.kvz").exists()
