@@ -175,13 +175,15 @@ def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: A
     return budget
 
 
-def parse_nbytes(text: int | str) -> int:
-    """Bytes of "64MiB", "1.5 GB" or "4096 B", or of a number of them, above 0. Raises BudgetError."""
+def parse_nbytes(text: int | str, what: str = "budget") -> int:
+    """Bytes of "64MiB", "1.5 GB" or "4096 B", or of a number of them, above 0. Raises BudgetError.
+
+    what: as the error calls it.
+    """
     if isinstance(text, int) and not isinstance(text, bool):
         text = f"{text}B"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", str(text), re.IGNORECASE)
     if not match:
-        raise BudgetError(
-            f"budget {text!r} is not an amount: give KV pairs as 10000, or bytes as 64MiB, 200MB or 4096B"
-        )
+        pairs = "KV pairs as 10000, or " if what == "budget" else ""
+        raise BudgetError(f"{what} {text!r} is not an amount: give {pairs}bytes as 64MiB, 200MB or 4096B")
     return int(float(match[1]) * UNITS[match[2].lower()])

@@ -87,12 +87,15 @@ class CompressOptions:
             raise BudgetError(
                 f"{limits} can't be asked of method {self.method!r}, which has no {lacks}: take another method"
             )
-        if not self.certify:
-            raise InputError(f"certify False can't be beside {limits}: the search goes by the certificate")
+        if not self.certify or self.faithful:
+            name, why = (
+                ("certify False", "goes by the certificate") if not self.certify else ("faithful", "scores anew")
+            )
+            raise InputError(f"{name} can't be asked beside {limits}: the search {why}; leave one out")
         if self.max_loss is not None:
             _check_loss(self.max_loss)
         if self.max_bytes is not None:
-            parse_nbytes(self.max_bytes)
+            parse_nbytes(self.max_bytes, "max_bytes")
         elif self.max_loss is None:
             object.__setattr__(self, "max_loss", DEFAULT_MAX_LOSS)
         object.__setattr__(self, "keep_ratio", AUTO)
