@@ -87,11 +87,12 @@ class CompressOptions:
             raise BudgetError(
                 f"{limits} can't be asked of method {self.method!r}, which has no {lacks}: take another method"
             )
-        if not self.certify or self.faithful:
-            name, why = (
-                ("certify False", "goes by the certificate") if not self.certify else ("faithful", "scores anew")
+        if not self.certify:
+            raise InputError(f"certify False can't be asked beside {limits}: the search goes by the certificate")
+        if self.faithful:
+            raise InputError(
+                f"faithful can't be asked beside {limits}: what is searched has no such form; leave one out"
             )
-            raise InputError(f"{name} can't be asked beside {limits}: the search {why}; leave one out")
         if self.max_loss is not None:
             _check_loss(self.max_loss)
         if self.max_bytes is not None:
