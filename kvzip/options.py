@@ -90,9 +90,7 @@ class CompressOptions:
         if not self.certify:
             raise InputError(f"certify False can't be asked beside {limits}: the search goes by the certificate")
         if self.faithful:
-            raise InputError(
-                f"faithful can't be asked beside {limits}: what is searched has no such form"
-            )
+            raise InputError(f"faithful can't be asked beside {limits}: what is searched has no such form")
         if self.max_loss is not None:
             _check_loss(self.max_loss)
         if self.max_bytes is not None:
