@@ -22,7 +22,7 @@ class Recipe:
 RECIPES = {
     "kvzip:safe": Recipe(f"{MENDED}+k8v4", 0.56, "four times smaller than 16-bit numbers"),
     "kvzip:small": Recipe(f"{MENDED}+int4", 0.38, "eight times smaller"),
-    "kvzip:tiny": Recipe(f"{MENDED}+int4", 0.24, "twelve times smaller"),
+    "kvzip:tiny": Recipe(f"{MENDED}+int4", 0.24, "twelve times smaller, with a loss that is felt"),
 }
 
 

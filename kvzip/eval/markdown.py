@@ -71,7 +71,7 @@ def _by_bytes(methods: list[Line]) -> str:
 
 
 def _table(title: str, lines: list[Line], show: Any) -> str:
-    ratios = list(dict.fromkeys(line.keep_ratio_asked for line in lines))
+    ratios = sorted({line.keep_ratio_asked for line in lines}, key=lambda r: -1.0 if r is None else r, reverse=True)
     found = {(line.method, line.keep_ratio_asked): line for line in lines}
     head = f"| {title} | {' | '.join(map(ratio_text, ratios))} |\n|{' --- |' * (len(ratios) + 1)}"
 
