@@ -13,35 +13,40 @@ from torch import Tensor
 from kvzip.scorers.base import Observation, Observer, Shape
 
 BLOCK_LEN = 1024  # tokens that are fitted at a time: the cost of a fit grows with the square of it
-ROWS = 2  # query rows of a KV head that are kept, for each token of a chunk: four were no better, one was worse
+ROWS = 2  # query rows of a KV head that are kept, for each token of a chunk; four were no better, one was worse
 
 
 @dataclass(frozen=True)
 class LayerQueries:
-    """Queries of one full-attention layer while the context was repeated.
+    """Queries of one full-attention layer while the context was repeated, and what they saw.
 
-    query: [Hq, T, D], rotated, at their true positions, in 16 bits.  blocks: parts of the context, consecutive, all of
-    it.  block_of: [T] int64, which of them each query repeats.  scale, softcap: the model's own.
+    query: [Hq, T, D], rotated, at their true positions, in 16 bits.  outputs: [Hq, T, D] in 16 bits and lse: [Hq, T]
+    float32, over prefix, the chunk that each repeats, and the replayed tokens before it.  blocks: parts of the context,
+    consecutive, all of it; none reaches beyond a chunk.  block_of, chunk_of: [T] int64, which of these each query
+    repeats.  scale, softcap: the model's own.
     """
 
     query: Tensor
+    outputs: Tensor
+    lse: Tensor
     block_of: Tensor
+    chunk_of: Tensor
     blocks: Sequence[slice]
     scale: float
     softcap: float | None
 
 
 class ReplayedQueries(Observer):
-    """Keeps of each chunk twice as many query rows a KV head as the chunk has tokens, evenly spread, in 16 bits.
+    """Keeps of each chunk twice as many query rows a KV head as it has tokens, evenly spread, and what they took.
 
-    So of a float32 model they take half of what the chunk's keys and values do, of a 16-bit one as much.
+    So of a float32 model they take as much as the chunk's keys and values do.
     """
 
     needs = frozenset({"replay_queries"})
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self._queries: list[list[Tensor]] = [[] for _ in range(shape[0])]
+        self._seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(shape[0])]
         self._chunks: list[slice] = []
         self._scales: list[tuple[float, float | None]] = []
 
@@ -50,8 +55,8 @@ class ReplayedQueries(Observer):
         groups, chunk = num_heads // self.shape[1], observation.chunk
         count = min(q_len, math.ceil(ROWS * (chunk.stop - chunk.start) / groups))
         taken = torch.linspace(0, q_len - 1, count).long().to(observation.query.device)
-        kept = observation.query[:, taken]
-        self._queries[layer].append(kept.half() if kept.dtype == torch.float32 else kept)
+        query, outputs = (_in_16_bits(rows[:, taken]) for rows in (observation.query, observation.outputs))
+        self._seen[layer].append((query, outputs, observation.lse[:, taken]))
         if layer == 0:
             self._chunks.append(chunk)
         if layer == len(self._scales):
@@ -59,13 +64,20 @@ class ReplayedQueries(Observer):
 
     def of(self, layer: int) -> LayerQueries:
         """Those of a full-attention layer, counted among these alone."""
-        parts, blocks, block_of = self._queries[layer], list[slice](), list[Tensor]()
-        for chunk, part in zip(self._chunks, parts, strict=True):
-            own = equal_parts(chunk, BLOCK_LEN)
+        query, outputs, lse = (torch.cat(parts, dim=1) for parts in zip(*self._seen[layer], strict=True))
+        blocks, block_of, chunk_of = list[slice](), list[Tensor](), list[Tensor]()
+        for number, (chunk, (part, *_)) in enumerate(zip(self._chunks, self._seen[layer], strict=True)):
+            own, count = equal_parts(chunk, BLOCK_LEN), part.shape[1]
             # what repeats the first of so many equal parts comes first; the words that ask for the chunk are few
-            block_of.append(len(blocks) + torch.arange(part.shape[1]) * len(own) // part.shape[1])
+            block_of.append(len(blocks) + torch.arange(count) * len(own) // count)
+            chunk_of.append(torch.full((count,), number))
             blocks += own
-        return LayerQueries(torch.cat(parts, dim=1), torch.cat(block_of), blocks, *self._scales[layer])
+        scale, softcap = self._scales[layer]
+        return LayerQueries(query, outputs, lse, torch.cat(block_of), torch.cat(chunk_of), blocks, scale, softcap)
+
+
+def _in_16_bits(rows: Tensor) -> Tensor:
+    return rows.half() if rows.dtype == torch.float32 else rows.clone()
 
 
 def equal_parts(chunk: slice, most: int) -> list[slice]:

@@ -22,7 +22,8 @@ def case(seed: int, num_queries: int = 60, num_pairs: int = 12, sharpness: float
 
 def block_of(attention: Tensor, values: Tensor, keep_mask: Tensor, rest: Tensor | None = None) -> Block:
     rest = torch.zeros(len(attention), values.shape[1]) if rest is None else rest
-    return Block(attention[:, keep_mask], attention.sum(1), attention @ values, rest)
+    mass = attention.sum(1)
+    return Block(attention[:, keep_mask], mass, attention @ values, 1 - mass, rest)
 
 
 def direct(columns: Tensor, target: Tensor, start: Tensor, pull: float) -> Tensor:
@@ -132,7 +133,7 @@ def test_keys_that_are_stored_otherwise_are_made_up_for() -> None:
     attention, values = case(7, num_queries=400)
     noise = torch.randn(12, generator=torch.Generator().manual_seed(1))
     kept = attention * (0.3 * noise).exp()
-    block = Block(kept, attention.sum(1), attention @ values, torch.zeros(400, 5))
+    block = Block(kept, attention.sum(1), attention @ values, 1 - attention.sum(1), torch.zeros(400, 5))
     found = refit(block, values, torch.arange(400) % 4 == 3)
     assert found is not None
     torch.testing.assert_close(found.weights.log(), -0.3 * noise, atol=0.1, rtol=0.1)

@@ -17,6 +17,7 @@ import kvzip
 from kvzip.backends.reference import ReferenceBackend
 from kvzip.errors import UnknownNameError
 from kvzip.methods import parse_method
+from kvzip.ops.attention import attend
 from kvzip.ops.refit import HELD_OUT, Block, refit
 from kvzip.ops.rope import shift_keys
 from kvzip.replayed import ReplayedQueries, equal_parts
@@ -53,19 +54,27 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
     plain, found = made(case, "kvzip", keep_ratio=0.4).data, made(case, "kvzip+refit", keep_ratio=0.4).data
     assert torch.equal(plain.keep_mask, found.keep_mask)
     full, queries, changed = case.prefilled._full, queries_of(case), 0
+    everything = Everything(full._shape)
+    full.replay(everything)
     for number, index in enumerate(found.full_layers):
         shown, geometry, layer = queries.of(number), case.llm.geometry.layers[index], found.layers[index]
         keys, values = (t[0] for t in full.cache.layers[index].read(slice(0, full.length)))
+        (seen,) = everything.found[number]
+        taken_rows = torch.linspace(0, seen.query.shape[1] - 1, shown.query.shape[1]).long()
+        lse = all_lses(seen, geometry.softcap)[:, taken_rows]
+        torch.testing.assert_close(shown.lse, lse, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(shown.outputs.float(), seen.outputs[:, taken_rows], atol=2e-3, rtol=2e-3)
         groups = len(shown.query) // len(keys)
         held_out = (torch.arange(shown.query.shape[1]) % HELD_OUT == HELD_OUT - 1).repeat(groups)
         for head, kept in enumerate(found.keep_mask[number]):
             rows = torch.cat(list(shown.query[head * groups : (head + 1) * groups].float()))
             raw = rows @ keys[head].T * geometry.scale
             capped = raw if geometry.softcap is None else geometry.softcap * torch.tanh(raw / geometry.softcap)
-            attention = torch.softmax(capped, dim=1)
-            rest = attention[:, : full.prefix_ids.numel()] @ values[head, : full.prefix_ids.numel()]
+            heads = slice(head * groups, (head + 1) * groups)
+            attention = (capped - lse[heads].flatten().unsqueeze(1)).exp()
             block, own = attention[:, full.prefix_ids.numel() :], values[head, full.prefix_ids.numel() :]
-            taken = Block(block[:, kept], block.sum(1), block @ own, rest)
+            rest = shown.outputs[heads].float().flatten(0, 1) - block @ own
+            taken = Block(block[:, kept], block.sum(1), block @ own, 1 - block.sum(1), rest)
             expected = refit(taken, own[kept], held_out) if kept.any() else None
             start = layer.offsets[head] + full.prefix_ids.numel()
             pairs = slice(start, layer.offsets[head + 1])
@@ -86,31 +95,52 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
     assert changed > 0
 
 
-class AllQueries(Observer):
-    """Every query of the replay, by layer."""
+class Everything(Observer):
+    """All that is shown of the replay, by layer."""
 
     needs = frozenset({"replay_queries"})
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self.found: list[list[Tensor]] = [[] for _ in range(shape[0])]
+        self.found: list[list[Observation]] = [[] for _ in range(shape[0])]
 
     def observe(self, layer: int, observation: Observation) -> None:
-        self.found[layer].append(observation.query)
+        self.found[layer].append(observation)
 
 
-def context_outputs(case: SimpleNamespace, method: str, keep_ratio: float, chunk_len: int) -> list[Tensor]:
-    """What the replay's queries take from the context, by layer: by the slow reference."""
+def all_lses(seen: Observation, softcap: float | None) -> Tensor:
+    """[Hq, T]: over prefix, chunk and the replayed tokens up to each, straight from the keys."""
+    keys = torch.cat([seen.prefix_keys, seen.chunk_keys, seen.replay_keys], dim=1)
+    groups, q_len = len(seen.query) // len(keys), seen.query.shape[1]
+    logits = seen.query @ keys.repeat_interleave(groups, dim=0).transpose(1, 2) * seen.scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits[..., -q_len:].masked_fill_(torch.ones(q_len, q_len, dtype=torch.bool).triu(1), -torch.inf)
+    return torch.logsumexp(logits, dim=-1)
+
+
+def replayed_outputs(case: SimpleNamespace, method: str, keep_ratio: float, chunk_len: int) -> list[Tensor]:
+    """What the replay's queries take from the context and from the replayed tokens before them, by layer and chunk.
+
+    The context by the slow reference; the replayed tokens by taking prefix and chunk from what was observed.
+    """
     full, backend = case.prefilled._full, ReferenceBackend()
-    queries = AllQueries(full._shape)
-    full.replay(queries, chunk_len)
+    everything = Everything(full._shape)
+    full.replay(everything, chunk_len)
     data = made(case, method, keep_ratio=keep_ratio, chunk_len=chunk_len).data
     outputs = []
-    for found, index in zip(queries.found, data.full_layers, strict=True):
-        geometry, query = case.llm.geometry.layers[index], torch.cat(found, dim=1)
-        shifted = shift_keys(query, geometry.inv_freq, -full.length)[None]  # as the keys of a packed layer are
-        out, _ = backend.attend_ragged(shifted, data.layers[index], scale=geometry.scale, softcap=geometry.softcap)
-        outputs.append(out)
+    for observations, index in zip(everything.found, data.full_layers, strict=True):
+        geometry = case.llm.geometry.layers[index]
+        for seen in observations:
+            query, how = seen.query[None], {"scale": geometry.scale, "softcap": geometry.softcap}
+            near_keys = torch.cat([seen.prefix_keys, seen.chunk_keys], dim=1)[None]
+            prefix_values = full.cache.layers[index].read(slice(0, full.prefix_ids.numel()))[1]
+            near, near_lse = attend(query, near_keys, torch.cat([prefix_values, seen.chunk_values[None]], dim=2), **how)
+            replayed = seen.outputs - (near_lse - seen.lse).exp()[0].unsqueeze(-1) * near[0]
+            share = 1 - (near_lse - seen.lse).exp()[0]
+            shifted = shift_keys(query, geometry.inv_freq, -full.length)  # as the keys of a packed layer are
+            own, own_lse = backend.attend_ragged(shifted, data.layers[index], **how)
+            weight = (own_lse - seen.lse).exp()[0]
+            outputs.append((weight.unsqueeze(-1) * own[0] + replayed) / (weight + share).unsqueeze(-1))
     return outputs
 
 
@@ -118,7 +148,7 @@ def context_outputs(case: SimpleNamespace, method: str, keep_ratio: float, chunk
 def test_it_is_nearer_to_what_the_full_cache_puts_out(case: SimpleNamespace, chunk_len: int, limit: float) -> None:
     """Random weights have little that could be made up for; what real models gain: tests/test_real_methods.py."""
     full, plain, found = (
-        context_outputs(case, method, ratio, chunk_len)
+        replayed_outputs(case, method, ratio, chunk_len)
         for method, ratio in (("kvzip", 1.0), ("kvzip", 0.4), ("kvzip+refit", 0.4))
     )
     before, after = (
@@ -133,7 +163,7 @@ def test_all_kept_is_the_full_cache_without_a_bias(case: SimpleNamespace) -> Non
     assert torch.equal(logits(context), logits(made(case, "kvzip", keep_ratio=1.0)))
 
 
-def test_queries_are_half_of_the_cache_and_stand_in_chunks(case: SimpleNamespace) -> None:
+def test_queries_take_as_much_as_the_cache_and_stand_in_chunks(case: SimpleNamespace) -> None:
     full = case.prefilled._full
     queries = queries_of(case, chunk_len=60)
     total = full.context_ids.numel()

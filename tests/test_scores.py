@@ -300,7 +300,7 @@ def test_unit_norms_make_kvzip_plus_kvzip() -> None:
     logits = query @ torch.cat([chunk, replayed], 1).repeat_interleave(2, 0).transpose(1, 2)
     seen = Observation(
         query=query, prefix_keys=chunk[:, :0], chunk_keys=chunk, replay_keys=replayed,
-        lse=torch.logsumexp(logits, -1), scale=1.0, softcap=None, chunk=slice(0, 10), chunk_values=values,
+        lse=torch.logsumexp(logits, -1), outputs=torch.zeros(4, 6, 8), scale=1.0, softcap=None, chunk=slice(0, 10), chunk_values=values,
         input_norms=torch.ones(6), output_weights=torch.eye(8).expand(4, 8, 8),
     )  # fmt: skip
     plus, plain = get_scorer("reconstruction-plus", 1, 2, 10), get_scorer("reconstruction", 1, 2, 10)

@@ -129,12 +129,12 @@ class ObservedReplayView(ReplayView):
 
     def attend(self, query: Tensor, call: Call) -> Tensor:
         seen = self._attend_chunk(query, call)
-        self._show(query, call, seen[1])
+        self._show(query, call, *seen)
         if self.layer.index == self.replay.last:
             raise _AllObserved
         return self._attend_others(query, call, seen)
 
-    def _show(self, query: Tensor, call: Call, lse: Tensor) -> None:
+    def _show(self, query: Tensor, call: Call, outputs: Tensor, lse: Tensor) -> None:
         rp = self.replay
         observation = Observation(
             query=query[0],
@@ -142,6 +142,7 @@ class ObservedReplayView(ReplayView):
             chunk_keys=self.layer.read(slice(rp.start, rp.end))[0][0],
             replay_keys=self.keys[0],
             lse=lse[0],
+            outputs=outputs[0],
             scale=call.scale,
             softcap=call.softcap,
             chunk=slice(rp.start - rp.prefix_len, rp.end - rp.prefix_len),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 MAX_BIAS = 3.0  # weights lie in [exp(-3), exp(3)]: beyond that a fit is of noise
 LEAST_WEIGHT = math.exp(-MAX_BIAS)
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean diagonal of the normal equations, tried in turn
+RIDGES = (0.01, 0.1, 1.0)  # of the mean diagonal of the normal equations, tried in turn
 HELD_OUT = 4  # of so many queries one is kept from the fit and judges it
 LEAST_ATTENTION = 1e-30  # sum of squares of the kept columns; below it least squares have nothing to go by
 MAX_STEPS = 30  # of projected gradients, where a bound is reached
@@ -38,26 +38,30 @@ class Fit:
 
 @dataclass(frozen=True)
 class Block:
-    """What R queries take of one block, and what they take beside it.
+    """What R queries take of one block, and what they take beside it, all in one unit of mass for each query.
 
     kept: [R, n], attention to the pairs that stay, by the keys that are stored.  mass: [R], attention to the whole
-    block before.  outputs: [R, D], what that took.  rest: [R, D], what they take from outside of the block.  float32.
+    block before.  outputs: [R, D], what that took.  outside: [R] and rest: [R, D], the same of all that is beside it.
+    float32.
     """
 
     kept: Tensor
     mass: Tensor
     outputs: Tensor
+    outside: Tensor
     rest: Tensor
 
     def part(self, chosen: Tensor) -> Block:
         """chosen: [R] bool."""
-        return Block(self.kept[chosen], self.mass[chosen], self.outputs[chosen], self.rest[chosen])
+        fields = (self.kept, self.mass, self.outputs, self.outside, self.rest)
+        return Block(*(field[chosen] for field in fields))
 
     def loss(self, fit: Fit) -> float:
-        """Mean squared error of what attention puts out, over the whole cache, with the block as fitted."""
-        total = 1 - self.mass + self.kept @ fit.weights
-        found = (self.rest + self.kept @ (fit.weights.unsqueeze(1) * fit.values)) / total.unsqueeze(1)
-        return float((found - self.rest - self.outputs).square().sum(dim=1).mean())
+        """Mean squared error of what attention puts out, over all that is seen, with the block as fitted."""
+        found = self.rest + self.kept @ (fit.weights.unsqueeze(1) * fit.values)
+        found = found / (self.outside + self.kept @ fit.weights).unsqueeze(1)
+        wanted = (self.rest + self.outputs) / (self.outside + self.mass).unsqueeze(1)
+        return float((found - wanted).square().sum(dim=1).mean())
 
 
 @dataclass(frozen=True)

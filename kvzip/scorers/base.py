@@ -33,7 +33,8 @@ class Observation:
     """One full-attention layer while one chunk of the context is replayed (batch 1, rotated queries and keys).
 
     query: [Hq, T, D].  prefix_keys: [Hkv, P, D].  chunk_keys, chunk_values: [Hkv, m, D].  replay_keys: [Hkv, T, D],
-    causal.  lse: [Hq, T] float32 over prefix + chunk + replay keys.  scale, softcap: the model's own.
+    causal.  lse: [Hq, T] float32 over prefix + chunk + replay keys.  outputs: [Hq, T, D], what the queries take from
+    these.  scale, softcap: the model's own.
     chunk: which tokens of the context these are.
     Where hidden states are needed: input_norms [T] float32, of the inputs of the layer's attention (after its input
     norm), and output_weights [Hq, D, E], which of the output projection belongs to each query head.
@@ -44,6 +45,7 @@ class Observation:
     chunk_keys: Tensor
     replay_keys: Tensor
     lse: Tensor
+    outputs: Tensor
     scale: float
     softcap: float | None
     chunk: slice
