@@ -142,10 +142,10 @@ def test_refitted_pairs_are_nearer_to_the_full_cache(case: SimpleNamespace) -> N
 
 
 def test_recipes_are_as_small_as_they_say_and_near_the_full_cache(case: SimpleNamespace) -> None:
-    """Against 16-bit numbers, all bytes counted; the loss against that of plain eviction to half."""
-    full, half = made(case, "kvzip", 1.0), made(case, "kvzip", 0.5)
+    """Against 16-bit numbers, all bytes counted; the loss against that of plain eviction to more bytes."""
+    full, plain = made(case, "kvzip", 1.0), made(case, "kvzip", 0.3)
     reference = make_reference(full, case.llm.question_ids(case.question))
-    in_16_bits, limit = full.data.info.full_kv_nbytes / 2, fidelity(half, reference).kl
+    in_16_bits, limit = full.data.info.full_kv_nbytes / 2, fidelity(plain, reference).kl
     losses, sizes = [], []
     for name, times in (
         ("kvzip:safe", 3.5),
