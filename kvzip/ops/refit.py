@@ -1,7 +1,7 @@
 """Weights and values with which the pairs that stay stand for a whole block (arXiv 2602.16284, 2605.31105).
 
-Of one KV head and one block of the context, p_i [R] is the attention of R queries to pair i, over all that the head
-ever held. The kept columns A, one a pair that stays and with its key as it is stored, are given weights w and values V'
+Of one KV head and one block of the context, p_i [R] is the attention of R queries to pair i, of all that these saw.
+The kept columns A, one a pair that stays and with its key as it is stored, are given weights w and values V'
 such that A w is the attention mass of the whole block and A diag(w) V' its outputs. A weight is stored as a bias log w
 of the pair's logit. So the block adds to the numerator and to the denominator of any softmax what it added before,
 whatever stands beside it.

@@ -36,8 +36,6 @@ class Evicted:
 
     def read_keys(self, layer: RaggedLayer, head: int) -> Tensor:
         """The keys [n, D] float32 of a head as they will be read, turned to their true positions.  layer: of floats."""
-        if not self.is_rounded:
-            return self.keys[head][self.keep_mask[head]].float()
         assert isinstance(layer.keys, Tensor)
         rows = slice(layer.offsets[head], layer.offsets[head + 1])
         found = self.read_back("keys", layer.keys[rows], rows, self.prefix_len)

@@ -58,7 +58,8 @@ def _blocks(
     """
     groups = len(queries.query) // layer.num_kv_heads
     heads = slice(head * groups, (head + 1) * groups)
-    kept_keys, keep_mask = evicted.read_keys(layer, head), evicted.keep_mask[head]
+    kept_keys = evicted.read_keys(layer, head) if evicted.is_rounded else None
+    keep_mask = evicted.keep_mask[head]
     for number, block in enumerate(queries.blocks):
         part = slice(evicted.prefix_len + block.start, evicted.prefix_len + block.stop)
         first, count = int(keep_mask[: part.start].sum()), int(keep_mask[part].sum())
@@ -69,7 +70,7 @@ def _blocks(
         lse = queries.lse[heads, shown].flatten()
         attention = _attention(rows, evicted.keys[head, part].float(), lse, queries)
         taken = attention @ evicted.values[head, part].float()
-        if evicted.is_rounded:
+        if kept_keys is not None:
             kept = _attention(rows, kept_keys[first : first + count], lse, queries)
         else:
             kept = attention[:, keep_mask[part]]
