@@ -101,6 +101,23 @@ class RaggedLayer:
         bias = None if self.bias is None else self.bias[chosen]
         return replace(self, keys=self.keys[chosen], values=self.values[chosen], cu_seqlens=offsets, bias=bias)
 
+    def heads(self, start: int, stop: int) -> RaggedLayer:
+        """The KV heads `start` to `stop` alone, of all levels; views. Not of a layer with clusters."""
+        assert self.clusters is None
+        rows = slice(self.offsets[start], self.offsets[stop])
+        keys, values = (
+            pairs[rows] if isinstance(pairs, Tensor) else pairs.heads(self.offsets, start, stop)
+            for pairs in (self.keys, self.values)
+        )
+        return RaggedLayer(
+            keys,
+            values,
+            self.cu_seqlens[start : stop + 1] - self.cu_seqlens[start],
+            self.window,
+            None if self.bias is None else self.bias[rows],
+            None if self.lower is None else self.lower.heads(start, stop),
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values, their scales, offsets, biases and clusters, of all levels."""

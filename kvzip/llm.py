@@ -22,7 +22,8 @@ from kvzip.errors import InputError
 from kvzip.generation import Generator, check_text
 from kvzip.hf.fingerprint import fingerprint
 from kvzip.hf.geometry import Geometry, probe
-from kvzip.hf.template import Template, make_template
+from kvzip.hf.prompts import Prompts
+from kvzip.hf.template import Template
 from kvzip.memory import reset_peak_rss
 from kvzip.methods import Method, parse_method
 from kvzip.options import CompressOptions
@@ -62,7 +63,8 @@ class LLM:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.backend = get_backend(backend, model.device)
         self.fingerprint = fingerprint(model, tokenizer)
-        self.template: Template = make_template(tokenizer, thinking=thinking)
+        self.prompts = Prompts(tokenizer, thinking)
+        self.template: Template = self.prompts.template
         self.generator = Generator(model, tokenizer, self.template.stop_strings)
 
     def __repr__(self) -> str:
@@ -80,20 +82,15 @@ class LLM:
 
     def tokenize(self, text: str) -> Tensor:
         """Ids [T] int64 of text that a user gave: special tokens written in it are taken as plain text."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-        return torch.tensor(ids, dtype=torch.int64)
+        return torch.tensor(self.prompts.text_ids(text), dtype=torch.int64)
 
     def prefix_ids(self, system: str | None = None, instruction: str | None = None) -> list[int]:
         """Ids of what stands before a context."""
-        template = make_template(self.tokenizer, system=system, instruction=instruction, thinking=self.thinking)
-        return self._template_ids(template.before)
+        return self.prompts.prefix_ids(system, instruction)
 
     def question_ids(self, question: str, *, first: bool = True) -> list[int]:
         """Ids of a question with the template around it.  first: right after the context, not after an answer."""
-        lead = self.template.question if first else self.template.between
-        gap = lead[len(lead.rstrip(" ")) :]  # a space belongs to the word that follows
-        asked = self.tokenize(gap + question.strip()).tolist()
-        return [*self._template_ids(lead.rstrip(" ")), *asked, *self._template_ids(self.template.after)]
+        return self.prompts.question_ids(question, first=first)
 
     def compress(
         self,
@@ -230,13 +227,10 @@ class LLM:
         store.check_fingerprint(data.info, self.fingerprint, path)
         return data.to(self.model.device, self.model.dtype), tail
 
-    def _template_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) if text else []
-
     def engine(self, geometry: Geometry | None = None) -> Engine:
         """What `kvzip.compress` needs of this model.  geometry: with the layers that are shared; by default, none."""
         first, later, after = (
-            torch.tensor(self._template_ids(text), dtype=torch.int64)
+            torch.tensor(self.prompts.template_ids(text), dtype=torch.int64)
             for text in (REPEAT_FIRST, REPEAT_LATER, self.template.after)
         )
         return Engine(self.model, geometry or self.geometry, self.backend, RepeatPrompts(first, later, after))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Keys of a config that say where or how it was loaded, not what the model computes.
@@ -16,8 +18,12 @@ VOLATILE_KEYS = {
 SAMPLES_PER_TENSOR = 64
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Iterable[tuple[str, Tensor]] | None = None
+) -> str:
     """`architecture:digest`, the same in every process, dtype and folder.
+
+    weights: the parameters with their names, in the model's order, where the model itself does not hold them.
 
     The digest is over the config, the tokenizer's vocabulary and template, and a sample of every weight, so that a
     fine-tuned model is not taken for its base.
@@ -25,7 +31,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     digest = hashlib.sha256()
     digest.update(json.dumps(_stable(model.config.to_dict()), sort_keys=True, default=str).encode())
     digest.update(_tokenizer_digest(tokenizer))
-    digest.update(_weights_digest(model))
+    digest.update(_weights_digest(model.named_parameters() if weights is None else weights))
     return f"{type(model).__name__}:{digest.hexdigest()[:24]}"
 
 
@@ -45,10 +51,10 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
 
 
 @torch.inference_mode()
-def _weights_digest(model: PreTrainedModel) -> bytes:
+def _weights_digest(weights: Iterable[tuple[str, Tensor]]) -> bytes:
     """A digest of evenly spaced weights, rounded to bfloat16 so that the dtype a model is loaded in does not matter."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         flat = weight.detach().flatten()
         picked = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(name.encode() + picked.numpy().tobytes())

@@ -6,7 +6,7 @@ family needs no code. What the watching does not confirm is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,8 +145,8 @@ def probe(model: PreTrainedModel) -> Geometry:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder; kvzip serves decoders")
-    rope_types = _rope_types(config)
-    if bad := rope_types & set(LENGTH_DEPENDENT_ROPE):
+    found = rope_types(config)
+    if bad := found & set(LENGTH_DEPENDENT_ROPE):
         raise refuse(f"its rotary frequencies depend on the length ({', '.join(bad)}), so keys can't be shifted")
     register()
     model.set_attn_implementation(ATTENTION_NAME)
@@ -199,15 +199,15 @@ def _layer_geometry(model: PreTrainedModel, config: Any, index: int, record: dic
         scale=call.scale,
         softcap=call.softcap,
         window=call.window,
-        inv_freq=_inv_freq(model, config, index),
+        inv_freq=inv_freq_of(model.get_decoder().modules(), config, index),
     )
 
 
-def _inv_freq(model: PreTrainedModel, config: Any, index: int) -> Tensor | None:
-    """The rotary frequencies of a layer, from the module that computes its cosines."""
+def inv_freq_of(modules: Iterable[torch.nn.Module], config: Any, index: int) -> Tensor | None:
+    """The rotary frequencies [R/2] of a layer, from the one of the modules that computes its cosines, or None."""
     layer_types = getattr(config, "layer_types", None)
     names = ([f"{layer_types[index]}_inv_freq"] if layer_types else []) + ["inv_freq"]
-    for module in model.get_decoder().modules():
+    for module in modules:
         for name in names:
             if isinstance(found := getattr(module, name, None), Tensor):
                 return found.detach().cpu()
@@ -224,7 +224,8 @@ def _check_rotation(layer: LayerGeometry, near: Tensor, far: Tensor, index: int,
         raise refuse(f"the keys of layer {index} are not a rotation by position (relative error {error:.2g})")
 
 
-def _rope_types(config: Any) -> set[str]:
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary frequencies that a text model's config names."""
     parameters = getattr(config, "rope_parameters", None) or {}
     groups = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
     return {group.get("rope_type", "default") for group in groups}

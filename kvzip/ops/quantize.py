@@ -89,6 +89,14 @@ class QuantizedPairs:
         codes, scales, zeros = (t.to(device) for t in (self.codes, self.scales, self.zeros))
         return replace(self, codes=codes, scales=scales, zeros=zeros, dtype=dtype or self.dtype)
 
+    def heads(self, offsets: tuple[int, ...], start: int, stop: int) -> QuantizedPairs:
+        """The pairs of heads `start` to `stop` alone; views.  offsets: where each head of the layer begins and ends."""
+        rows = slice(offsets[start], offsets[stop])
+        groups = rows
+        if self.layout.axis == "channel":
+            groups = slice(*(self.layout.num_groups(offsets[: head + 1]) for head in (start, stop)))
+        return replace(self, codes=self.codes[rows], scales=self.scales[groups], zeros=self.zeros[groups])
+
     def read(self, offsets: tuple[int, ...], head: int, start: int, stop: int) -> Tensor:
         """Pairs `start` to `stop` of a head, counted from its first: [stop - start, D] of `dtype`."""
         rows = slice(offsets[head] + start, offsets[head] + stop)
