@@ -103,6 +103,9 @@ def _call(
     is_causal: bool = False,
     attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    assert (
+        query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
+    )  # the kernel reads other strides as if they were
     out, lse = _flash(query, keys, values, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
     return out, lse
 

@@ -57,6 +57,7 @@ def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> File
         turns=tuple((question, answer) for question, answer, _ in turns),
         turn_starts=tuple(bounds[1:-1]),
         storage=storage,
+        sha256=metadata.get("sha256", ""),
     )
 
 

@@ -34,7 +34,7 @@ class FileInfo:
     windows: sliding window of each layer in tokens, None in a full-attention layer.  kv_nbytes: bytes of keys,
     values, offsets and biases of all layers.  has_tail: whether a session was stored beside the context.
     turns: its (question, answer) pairs.  turn_starts: how many tokens of the tail came before each turn.
-    storage: how the pairs are stored.
+    storage: how the pairs are stored.  sha256: what the file says of its contents, "" before it is written.
     """
 
     info: ContextInfo
@@ -46,6 +46,7 @@ class FileInfo:
     turns: tuple[tuple[str, str], ...]
     turn_starts: tuple[int, ...]
     storage: Storage
+    sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""Attention of a batch's tokens to contexts and to the tails behind them, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvzip.backends import Backend
+from kvzip.context import RaggedLayer
+from kvzip.integrations.vllm.plan import Asked, Decoded, Plan, Tail
+from kvzip.ops.attention import merge
+from kvzip.ops.rope import turn
+
+Reader = Callable[[Tensor], tuple[Tensor, Tensor]]  # blocks [R, n] -> keys, values [R, Hkv, n * block_size, D]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What attention is in one layer.
+
+    window: in tokens, or None.  cos, sin: [R/2], of the rotation from where vLLM has a question's first token, right
+    behind the handle, to where the context has it, at position 0.
+    """
+
+    backend: Backend
+    scale: float
+    window: int | None
+    cos: Tensor
+    sin: Tensor
+
+
+def attend_asked(
+    rule: LayerRule, query: Tensor, plan: Plan, contexts: Mapping[str, RaggedLayer], read: Reader, output: Tensor
+) -> None:
+    """Fill the rows of `output` [T, Hq, D] whose tokens stand behind a context.
+
+    query: [T, Hq, D] of the whole batch, rotated as vLLM does.  contexts: this layer of each, by key.  read: reads the
+    tails.
+    """
+    found = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    if plan.decoded is not None:
+        part = _attend_decoded(rule, query, plan.decoded, read)
+        found[plan.decoded.tokens], lse[plan.decoded.tokens] = part
+    for tail in plan.longer:
+        found[tail.tokens], lse[tail.tokens] = _attend_longer(rule, query, tail, read)
+    for key, asked in plan.asked.items():
+        rows = query[asked.tokens]
+        before, before_lse = _attend_context(rule, rows, asked, contexts[key])
+        joined, _ = merge(found[asked.tokens], lse[asked.tokens], before, before_lse)
+        output[asked.tokens] = joined
+
+
+def _attend_decoded(rule: LayerRule, query: Tensor, decoded: Decoded, read: Reader) -> tuple[Tensor, Tensor]:
+    """The one new token of each of R requests over its tail: ([R, Hq, D], [R, Hq])."""
+    keys, values = read(decoded.blocks)
+    places, lengths = torch.arange(keys.shape[2]), decoded.lengths.unsqueeze(1)
+    mask = places < lengths
+    if rule.window is not None:
+        mask &= places >= lengths - rule.window
+    out, lse = rule.backend.attend(
+        query[decoded.tokens].unsqueeze(2), keys, values, scale=rule.scale, mask=mask[:, None, None]
+    )
+    return out.squeeze(2), lse.squeeze(2)
+
+
+def _attend_longer(rule: LayerRule, query: Tensor, tail: Tail, read: Reader) -> tuple[Tensor, Tensor]:
+    """The new tokens of one request over its tail: ([T, Hq, D], [T, Hq])."""
+    keys, values = (rows[:, :, : tail.length] for rows in read(tail.blocks.long().unsqueeze(0)))
+    rows = query[tail.tokens].transpose(0, 1).unsqueeze(0)
+    if tail.first == 0 and (rule.window is None or tail.length <= rule.window):
+        out, lse = rule.backend.attend(rows, keys, values, scale=rule.scale, is_causal=True)
+    else:
+        places, own = torch.arange(tail.length), torch.arange(tail.first, tail.length).unsqueeze(1)
+        mask = places <= own
+        if rule.window is not None:
+            mask &= places > own - rule.window
+        out, lse = rule.backend.attend(rows, keys, values, scale=rule.scale, mask=mask[None, None])
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def _attend_context(rule: LayerRule, rows: Tensor, asked: Asked, layer: RaggedLayer) -> tuple[Tensor, Tensor]:
+    """Tokens [T, Hq, D] over the context that they ask: ([T, Hq, D], [T, Hq])."""
+    turned = turn(rows, rule.cos, rule.sin).transpose(0, 1).unsqueeze(0).contiguous()
+    if layer.window is None:
+        out, lse = rule.backend.attend_ragged(turned, layer, scale=rule.scale)
+    else:
+        keys, values = (t.view(1, layer.num_kv_heads, -1, t.shape[-1]) for t in layer.dense())
+        behind = torch.arange(keys.shape[2], 0, -1)  # tokens from the context's end, which a query sees or not
+        mask = behind <= (layer.window - 1 - asked.positions).unsqueeze(1)
+        out, lse = rule.backend.attend(turned, keys, values, scale=rule.scale, mask=mask[None, None])
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
