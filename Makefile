@@ -16,6 +16,8 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VENV_VLLM := .venv-vllm
+INSTALLED_VLLM := $(VENV_VLLM)/.installed
 RESULTS := bench/results
 BENCH_MODELS ?= smollm2-135m qwen2.5-coder-0.5b
 BENCH_LENS ?= 2000 6000
@@ -27,7 +29,7 @@ PARITY_ARGS ?=
 AGREEMENT_LEN ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-kvpress parity agreement results clean
+.PHONY: help venv venv-vllm demo test test-vllm check bench bench-serve bench-kvpress parity agreement results clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +47,17 @@ demo: venv ## The two-minute tour: a real model, full cache and compressed cache
 
 test: venv ## All tests; the first run fetches the three real models
 	$(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+venv-vllm: $(INSTALLED_VLLM) ## Make .venv-vllm with vLLM for CPUs and the package (2 GB)
+
+$(INSTALLED_VLLM): pyproject.toml requirements-vllm.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vLLM needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": make venv-vllm PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --disable-pip-version-check --no-deps $(PIP_ARGS) -r requirements-vllm.txt --editable .
+	@touch $@
+
+test-vllm: venv-vllm ## Tests against a real vLLM on the CPU
+	$(VENV_VLLM)/bin/python -m pytest tests/serving $(PYTEST_ARGS)
 
 check: venv ## Lint, format and types
 	$(BIN)/ruff check
@@ -79,6 +92,12 @@ bench-kvpress: venv ## Measure kvpress against kvzip; makes .venv-kvpress, as kv
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/kvpress-smollm2-135m-$$len.json; \
 	done
 
+bench-serve: venv-vllm ## Measure contexts on vLLM against plain prompts; nothing else may run
+	set -e; for model in $(BENCH_MODELS); do \
+	  $(VENV_VLLM)/bin/kvzip bench serve -m $$model --context-len 2000 --text $(BENCH_TEXT) \
+	    --runs $(BENCH_RUNS) --json $(RESULTS)/serve-$$model-2000.json; \
+	done
+
 parity: venv ## Compare scores, kept pairs and answers with those of kvpress, in the same .venv-kvpress
 	set -e; for model in $(BENCH_MODELS); do \
 	  $(BIN)/python bench/parity.py -m $$model --context-len $(PARITY_LEN) --text $(BENCH_TEXT) \
@@ -95,5 +114,5 @@ results: venv ## Write docs/results.md and its pictures from the result files
 	$(BIN)/kvzip bench report $(RESULTS) -o docs/results.md --pictures
 
 clean: ## Remove .venv and everything generated; fetched models stay in the user's cache folder
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kvzip tests -type d -name __pycache__ -prune -exec rm -rf {} +

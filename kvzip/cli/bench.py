@@ -144,6 +144,18 @@ def certificate(
 
 
 @app.command(cls=Command, epilog=EPILOG)
+def serve(
+    model: Model, context_len: ContextLen = 2000, keep_ratio: KeepRatio = 0.3, runs: Runs = 3, text: Text = None,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Contexts on vLLM against plain prompts: memory, requests in flight, first tokens, decoding. Needs kvzip[vllm]."""
+    from kvzip.bench.serve import bench_serve
+
+    _run(bench_serve, (context_len, keep_ratio, runs, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
 def scale(
     context_len: Annotated[
         list[int] | None, typer.Option("--context-len", metavar="N", help="Tokens; give it again for more lengths.")

@@ -1,0 +1,305 @@
+"""Answers of an unmodified vLLM behind compressed contexts, against the Hugging Face path over the same pairs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import load_real
+from ragged import (
+    BLOCK,
+    NOISE,
+    Question,
+    ask,
+    ask_reference,
+    changed,
+    check,
+    engine,
+    error_of,
+    plain_reference,
+    ragged_context,
+)
+
+from kvzip import store
+from kvzip.compressed import CompressedContext
+from kvzip.integrations.vllm.offline import sampling
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+pytestmark = pytest.mark.real
+
+SMALL, CHAT, SLIDING = "smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"
+PLAIN = ("Name three colours.", "What is the capital of France?")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's store.  questions: to contexts `a` and `b`.  plain: without one.  contexts: by name."""
+
+    name: str
+    folder: Path
+    questions: dict[str, list[Question]]
+    plain: list[Question]
+    contexts: dict[str, CompressedContext]
+
+    @property
+    def mixed(self) -> list[Question]:
+        """Two contexts and plain prompts, alternating."""
+        return [
+            self.questions["a"][0],
+            self.plain[0],
+            self.questions["b"][0],
+            self.questions["b"][1],
+            self.questions["a"][1],
+        ]
+
+
+def make_case(name: str, folder: Path, articles: list[dict]) -> Case:
+    llm, contexts, questions = load_real(name), {}, {}
+    for number, key in enumerate("ab"):
+        text = llm.tokenizer.decode(llm.tokenize(articles[number]["text"])[:700])
+        contexts[key] = ragged_context(llm, text, seed=number)
+        contexts[key].save(folder / f"{key}.kvz")
+        questions[key] = [ask_reference(contexts[key], key, q) for q, _ in articles[number]["questions"][:4]]
+    plain = (
+        [plain_reference(llm, text) for text in PLAIN] if llm.tokenizer.chat_template else [Question(None, PLAIN[0])]
+    )
+    return Case(name, folder, questions, plain, contexts)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, articles: list[dict]) -> Case:
+    return make_case(SMALL, tmp_path_factory.mktemp("small"), articles)
+
+
+@pytest.fixture(scope="module")
+def eager(small: Case) -> Iterator[Any]:
+    with engine(SMALL, small.folder, max_context_bytes=64 << 20) as llm:
+        yield llm
+
+
+def suite(llm: Any, case: Case) -> None:
+    """Cold and warm, alone and at once, two contexts beside plain prompts."""
+    four = case.questions["a"]
+    check(ask(llm, four), four)  # cold, at once
+    check(ask(llm, four), four)  # warm
+    for question in four[:2]:
+        check(ask(llm, [question]), [question])
+    check(ask(llm, case.mixed), case.mixed)  # the second context is cold
+    llm.reset_prefix_cache()
+    check(ask(llm, case.mixed), case.mixed)
+    check(ask(llm, case.plain), case.plain)
+
+
+def test_answers_equal_the_reference(eager: Any, small: Case) -> None:
+    suite(eager, small)
+
+
+def test_an_ordinary_chat_message_works_as_it_is(eager: Any, small: Case) -> None:
+    from vllm import SamplingParams
+
+    question = small.questions["a"][0]
+    named = SamplingParams(
+        temperature=0, max_tokens=24, logprobs=50, extra_args={"kv_transfer_params": {"kvzip": "a.kvz"}}
+    )
+    found = eager.chat([{"role": "user", "content": question.text}], named, use_tqdm=False)[0].outputs[0]
+    check([found], [question])
+
+
+def test_questions_share_one_handle_block(eager: Any, small: Case) -> None:
+    """A warm question computes its own tokens alone, and the handle is in the prefix cache."""
+    ids = eager.get_tokenizer()(small.questions["a"][0].text, add_special_tokens=False).input_ids
+    for _ in range(2):
+        found = eager.generate([{"prompt_token_ids": ids}], [sampling("a", 4, "question")], use_tqdm=False)[0]
+    assert found.num_cached_tokens == BLOCK
+
+
+def compressed(case: Case, key: str, method: str) -> CompressedContext:
+    text = case.contexts["a"].llm.tokenizer.decode(case.contexts["a"].data.context_ids.tolist())
+    ratio = None if method == "leankv" else 0.4  # decides itself
+    context = case.contexts["a"].llm.compress(text, keep_ratio=ratio, method=method, certify=False)
+    context.save(case.folder / f"{key}.kvz")
+    return context
+
+
+@pytest.mark.parametrize("method", ["kvzip+refit", "kvzip+refit+int4", "kvzip+k8v4", "leankv"])
+def test_codes_biases_and_levels(method: str, eager: Any, small: Case) -> None:
+    name = method.replace("+", "-")
+    context = compressed(small, name, method)
+    questions = [ask_reference(context, name, q.text) for q in small.questions["a"][:2]]
+    check(ask(eager, [*questions, small.questions["b"][0]]), [*questions, small.questions["b"][0]])
+
+
+def test_the_comparison_can_fail(eager: Any, small: Case) -> None:
+    """Biases left out, keys that are not turned, another context's pairs: each is far from the reference."""
+    context, question = small.contexts["a"], small.questions["a"][0]
+    wrong = {
+        "no-bias": changed(context, bias=None),
+        "turned": replace(context.data, layers=tuple(turned(layer) for layer in context.data.layers)),
+        "other": small.contexts["b"].data,
+    }
+    for name, data in wrong.items():
+        store.write(small.folder / f"{name}.kvz", data)
+        found = ask(eager, [replace(question, context=name)])[0]
+        step, own = found.logprobs[0], question.reference.log_probs[0]
+        first = max(abs(step[token].logprob - float(own[token])) for token in step)
+        assert first > 100 * NOISE and error_of(found, question.reference) > 100 * NOISE, name
+
+
+def turned(layer: Any) -> Any:
+    from kvzip.ops.rope import shift_keys
+
+    freq = load_real(SMALL).geometry.layers[0].inv_freq
+    return replace(layer, keys=shift_keys(layer.keys, freq, BLOCK))
+
+
+def test_sampling_options_see_no_context(eager: Any, small: Case) -> None:
+    """Several answers of one request, and seeds: as any request has them."""
+    question = small.questions["a"][0]
+    found = ask(eager, [question, question], seed=7)
+    check(found, [question, question])
+
+
+def refused(llm: Any, question: Question, **options: Any) -> Any:
+    return ask(llm, [question], **options)[0]
+
+
+def test_refused_requests_end_alone(eager: Any, small: Case, tmp_path: Path) -> None:
+    good, folder = small.questions["a"][0], small.folder
+    context = small.contexts["a"].data
+    store.write(folder / "whole.kvz", replace(context, info=replace(context.info, source="not open yet")))
+    data = (folder / "whole.kvz").read_bytes()
+    (folder / "cut.kvz").write_bytes(data[: len(data) // 2])
+    (folder / "flipped.kvz").write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    foreign = replace(context, info=replace(context.info, fingerprint="LlamaForCausalLM:0"))
+    store.write(folder / "foreign.kvz", foreign)
+    bad = [replace(good, context=name) for name in ("nothing", "../a", "cut", "flipped", "foreign", "", ".a", 7)]
+    answers = ask(eager, [good, *bad, small.questions["b"][0], *small.plain])
+    assert [found.finish_reason for found in answers[1 : 1 + len(bad)]] == ["error"] * len(bad)
+    check([answers[0], *answers[1 + len(bad) :]], [good, small.questions["b"][0], *small.plain])
+    for name in ("cut", "flipped"):  # whole again, they are served
+        (folder / f"{name}.kvz").write_bytes(data)
+        check(ask(eager, [replace(good, context=name)]), [good])
+
+
+def test_prompt_logprobs_and_too_long_answers_are_refused(eager: Any, small: Case) -> None:
+    good = small.questions["a"][0]
+    assert refused(eager, good, prompt_logprobs=1).finish_reason == "error"
+    assert refused(eager, good, num_tokens=2000).finish_reason == "error"  # beyond max_model_len behind the handle
+    check(ask(eager, [good]), [good])
+
+
+def test_a_replaced_file_is_another_context(eager: Any, small: Case) -> None:
+    for key in "aba":
+        (small.folder / "new.kvz").write_bytes((small.folder / f"{key}.kvz").read_bytes())
+        (small.folder / "new.kvz").replace(small.folder / "swapped.kvz")
+        question = small.questions[key][0]
+        check(ask(eager, [replace(question, context="swapped"), question]), [question, question])
+    (small.folder / "swapped.kvz").unlink()
+    assert refused(eager, replace(small.questions["a"][0], context="swapped")).finish_reason == "error"
+
+
+def test_contexts_beyond_the_limit_take_turns(eager: Any, small: Case) -> None:
+    """More contexts than fit are opened and given up in turn; each answer stays right."""
+    size = small.contexts["a"].data.kv_nbytes
+    names = [f"copy{i}" for i in range(2 + (64 << 20) // size)]
+    for number, name in enumerate(names):
+        data = small.contexts["a"].data
+        store.write(small.folder / f"{name}.kvz", replace(data, info=replace(data.info, source=str(number))))
+    question = small.questions["a"][0]
+    every = [replace(question, context=name) for name in [*names, names[0]]]
+    check(ask(eager, every), every)
+    for name in names[:2]:
+        check(ask(eager, [replace(question, context=name)]), [question])
+
+
+def test_plain_prompts_are_bit_identical_to_stock(small: Case, eager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [Question(None, text) for text in (*PLAIN, "Tell me a story about a fox.", "Why is the sky blue?")]
+    with_plugin = [ask(eager, questions), ask(eager, questions)]
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    with engine(SMALL, small.folder, connector=False) as stock:
+        without = [ask(stock, questions), ask(stock, questions)]
+    for found, wanted in zip(with_plugin, without, strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            assert one.token_ids == other.token_ids
+            assert [{t: p.logprob for t, p in step.items()} for step in one.logprobs] == [
+                {t: p.logprob for t, p in step.items()} for step in other.logprobs
+            ]
+
+
+def test_chunked_prefill(small: Case) -> None:
+    with engine(SMALL, small.folder, max_num_batched_tokens=8, max_num_seqs=4) as llm:
+        check(ask(llm, small.mixed), small.mixed)
+        check(ask(llm, small.mixed), small.mixed)
+
+
+def test_no_prefix_caching_and_torch_compile(small: Case) -> None:
+    with engine(SMALL, small.folder, enable_prefix_caching=False, enforce_eager=False) as llm:
+        check(ask(llm, small.mixed), small.mixed)
+        check(ask(llm, small.mixed), small.mixed)
+
+
+def test_preemption(small: Case) -> None:
+    """More requests than the pool holds: some are thrown out and come back."""
+    long = [replace(q, reference=None) for key in "ab" for q in small.questions[key]] + small.plain[:1]
+    with engine(SMALL, small.folder, num_gpu_blocks_override=24, max_model_len=512) as llm:
+        together = ask(llm, long, num_tokens=200, ignore_eos=True)
+        preempted = metric(llm, "vllm:num_preemptions")
+        assert preempted > 0, "nothing was preempted: the test shows nothing"
+        for question, found in zip(long, together, strict=True):
+            alone = ask(llm, [question], num_tokens=200, ignore_eos=True)[0]
+            assert found.token_ids == alone.token_ids
+            assert len(found.token_ids) == 200
+
+
+def metric(llm: Any, name: str) -> float:
+    return sum(getattr(found, "value", 0) for found in llm.get_metrics() if found.name == name)
+
+
+def test_recycled_handle_blocks(small: Case) -> None:
+    """A pool so small that handles become first blocks of plain prompts and the other way round."""
+    rng = random.Random(0)
+    plain = [replace(small.plain[i % 2], text=small.plain[i % 2].text) for i in range(2)]
+    with engine(SMALL, small.folder, num_gpu_blocks_override=10, max_model_len=224, max_num_seqs=2) as llm:
+        for _ in range(6):
+            for number in range(8):  # many prompts of one block each
+                filler = Question(None, f"{rng.random()} {number}?")
+                ask(llm, [filler], num_tokens=2)
+            some = [small.questions[rng.choice("ab")][rng.randrange(2)], plain[rng.randrange(2)]]
+            check(ask(llm, some), some)
+
+
+def test_qwen(tmp_path: Path, articles: list[dict]) -> None:
+    """Two KV heads, biases in the projections; then its heads on two workers."""
+    case = make_case(CHAT, tmp_path, articles)
+    with engine(CHAT, tmp_path) as llm:
+        suite(llm, case)
+
+
+def test_tensor_parallel(tmp_path: Path, articles: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(CHAT, tmp_path, articles)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with engine(CHAT, tmp_path, tensor_parallel_size=2) as llm:
+        check(ask(llm, case.mixed), case.mixed)
+        check(ask(llm, case.mixed), case.mixed)
+
+
+def test_sliding_windows(tmp_path: Path, articles: list[dict]) -> None:
+    """Gemma 3: the context leaves the windows of its sliding layers while questions and answers are read."""
+    case = make_case(SLIDING, tmp_path, articles)
+    long = [
+        ask_reference(case.contexts["a"], "a", "word " * length + case.questions["a"][0].text)
+        for length in (17, 497, 706)
+    ]
+    with engine(SLIDING, tmp_path) as llm:
+        both = [*case.questions["a"], *case.questions["b"]]
+        check(ask(llm, both), both)
+        check(ask(llm, both[::3]), both[::3])
+        check(ask(llm, long), long)
+        for question in long:
+            check(ask(llm, [question]), [question])
+    with engine(SLIDING, tmp_path, max_num_batched_tokens=64) as llm:
+        check(ask(llm, long[1:]), long[1:])
