@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import load_real
 from torch import Tensor
 
 import kvzip
@@ -24,6 +25,8 @@ NEW_TOKENS = 24
 TOP = 50
 NOISE = 1e-3  # of log-probabilities, float32
 BLOCK = 32
+SMALL, CHAT, SLIDING = "smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"
+PLAIN = ("Name three colours.", "What is the capital of France?")
 SHARES = (0.05, 1.0, None, 0.5, "random")  # of its pairs that a head keeps, in turn; None = eight pairs
 
 
@@ -136,3 +139,51 @@ def check(answers: Sequence[Any], questions: Sequence[Question]) -> None:
         error_of(found, q.reference) for found, q in zip(answers, questions, strict=True) if q.reference is not None
     ]
     assert max(errors) < NOISE, errors
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model's store.  questions: to contexts `a` and `b`.  plain: without one.  contexts: by name."""
+
+    name: str
+    folder: Path
+    questions: dict[str, list[Question]]
+    plain: list[Question]
+    contexts: dict[str, CompressedContext]
+
+    @property
+    def mixed(self) -> list[Question]:
+        """Two contexts and plain prompts, alternating."""
+        return [
+            self.questions["a"][0],
+            self.plain[0],
+            self.questions["b"][0],
+            self.questions["b"][1],
+            self.questions["a"][1],
+        ]
+
+
+def make_case(name: str, folder: Path, articles: list[dict]) -> Case:
+    llm, contexts, questions = load_real(name), {}, {}
+    for number, key in enumerate("ab"):
+        text = llm.tokenizer.decode(llm.tokenize(articles[number]["text"])[:700])
+        contexts[key] = ragged_context(llm, text, seed=number)
+        contexts[key].save(folder / f"{key}.kvz")
+        questions[key] = [ask_reference(contexts[key], key, q) for q, _ in articles[number]["questions"][:4]]
+    plain = (
+        [plain_reference(llm, text) for text in PLAIN] if llm.tokenizer.chat_template else [Question(None, PLAIN[0])]
+    )
+    return Case(name, folder, questions, plain, contexts)
+
+
+def suite(llm: Any, case: Case) -> None:
+    """Cold and warm, alone and at once, two contexts beside plain prompts."""
+    four = case.questions["a"]
+    check(ask(llm, four), four)  # cold, at once
+    check(ask(llm, four), four)  # warm
+    for question in four[:2]:
+        check(ask(llm, [question]), [question])
+    check(ask(llm, case.mixed), case.mixed)  # the second context is cold
+    llm.reset_prefix_cache()
+    check(ask(llm, case.mixed), case.mixed)
+    check(ask(llm, case.plain), case.plain)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_real
 from ragged import (
     BLOCK,
     NOISE,
+    PLAIN,
+    SMALL,
+    Case,
     Question,
     ask,
     ask_reference,
@@ -20,54 +21,19 @@ from ragged import (
     check,
     engine,
     error_of,
-    plain_reference,
-    ragged_context,
+    make_case,
+    suite,
 )
+from torch import Tensor
 
 from kvzip import store
 from kvzip.compressed import CompressedContext
+from kvzip.context import RaggedLayer
 from kvzip.integrations.vllm.offline import sampling
+from kvzip.ops.rope import shift_keys
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 pytestmark = pytest.mark.real
-
-SMALL, CHAT, SLIDING = "smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"
-PLAIN = ("Name three colours.", "What is the capital of France?")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model's store.  questions: to contexts `a` and `b`.  plain: without one.  contexts: by name."""
-
-    name: str
-    folder: Path
-    questions: dict[str, list[Question]]
-    plain: list[Question]
-    contexts: dict[str, CompressedContext]
-
-    @property
-    def mixed(self) -> list[Question]:
-        """Two contexts and plain prompts, alternating."""
-        return [
-            self.questions["a"][0],
-            self.plain[0],
-            self.questions["b"][0],
-            self.questions["b"][1],
-            self.questions["a"][1],
-        ]
-
-
-def make_case(name: str, folder: Path, articles: list[dict]) -> Case:
-    llm, contexts, questions = load_real(name), {}, {}
-    for number, key in enumerate("ab"):
-        text = llm.tokenizer.decode(llm.tokenize(articles[number]["text"])[:700])
-        contexts[key] = ragged_context(llm, text, seed=number)
-        contexts[key].save(folder / f"{key}.kvz")
-        questions[key] = [ask_reference(contexts[key], key, q) for q, _ in articles[number]["questions"][:4]]
-    plain = (
-        [plain_reference(llm, text) for text in PLAIN] if llm.tokenizer.chat_template else [Question(None, PLAIN[0])]
-    )
-    return Case(name, folder, questions, plain, contexts)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +45,6 @@ def small(tmp_path_factory: pytest.TempPathFactory, articles: list[dict]) -> Cas
 def eager(small: Case) -> Iterator[Any]:
     with engine(SMALL, small.folder, max_context_bytes=64 << 20) as llm:
         yield llm
-
-
-def suite(llm: Any, case: Case) -> None:
-    """Cold and warm, alone and at once, two contexts beside plain prompts."""
-    four = case.questions["a"]
-    check(ask(llm, four), four)  # cold, at once
-    check(ask(llm, four), four)  # warm
-    for question in four[:2]:
-        check(ask(llm, [question]), [question])
-    check(ask(llm, case.mixed), case.mixed)  # the second context is cold
-    llm.reset_prefix_cache()
-    check(ask(llm, case.mixed), case.mixed)
-    check(ask(llm, case.plain), case.plain)
 
 
 def test_answers_equal_the_reference(eager: Any, small: Case) -> None:
@@ -136,9 +89,10 @@ def test_codes_biases_and_levels(method: str, eager: Any, small: Case) -> None:
 def test_the_comparison_can_fail(eager: Any, small: Case) -> None:
     """Biases left out, keys that are not turned, another context's pairs: each is far from the reference."""
     context, question = small.contexts["a"], small.questions["a"][0]
+    freq = context.llm.geometry.layers[0].inv_freq
     wrong = {
         "no-bias": changed(context, bias=None),
-        "turned": replace(context.data, layers=tuple(turned(layer) for layer in context.data.layers)),
+        "turned": replace(context.data, layers=tuple(turned(layer, freq) for layer in context.data.layers)),
         "other": small.contexts["b"].data,
     }
     for name, data in wrong.items():
@@ -149,11 +103,8 @@ def test_the_comparison_can_fail(eager: Any, small: Case) -> None:
         assert first > 100 * NOISE and error_of(found, question.reference) > 100 * NOISE, name
 
 
-def turned(layer: Any) -> Any:
-    from kvzip.ops.rope import shift_keys
-
-    freq = load_real(SMALL).geometry.layers[0].inv_freq
-    return replace(layer, keys=shift_keys(layer.keys, freq, BLOCK))
+def turned(layer: RaggedLayer, inv_freq: Tensor) -> RaggedLayer:
+    return replace(layer, keys=shift_keys(layer.keys, inv_freq, BLOCK))
 
 
 def test_sampling_options_see_no_context(eager: Any, small: Case) -> None:
@@ -228,78 +179,3 @@ def test_plain_prompts_are_bit_identical_to_stock(small: Case, eager: Any, monke
             assert [{t: p.logprob for t, p in step.items()} for step in one.logprobs] == [
                 {t: p.logprob for t, p in step.items()} for step in other.logprobs
             ]
-
-
-def test_chunked_prefill(small: Case) -> None:
-    with engine(SMALL, small.folder, max_num_batched_tokens=8, max_num_seqs=4) as llm:
-        check(ask(llm, small.mixed), small.mixed)
-        check(ask(llm, small.mixed), small.mixed)
-
-
-def test_no_prefix_caching_and_torch_compile(small: Case) -> None:
-    with engine(SMALL, small.folder, enable_prefix_caching=False, enforce_eager=False) as llm:
-        check(ask(llm, small.mixed), small.mixed)
-        check(ask(llm, small.mixed), small.mixed)
-
-
-def test_preemption(small: Case) -> None:
-    """More requests than the pool holds: some are thrown out and come back."""
-    long = [replace(q, reference=None) for key in "ab" for q in small.questions[key]] + small.plain[:1]
-    with engine(SMALL, small.folder, num_gpu_blocks_override=24, max_model_len=512) as llm:
-        together = ask(llm, long, num_tokens=200, ignore_eos=True)
-        preempted = metric(llm, "vllm:num_preemptions")
-        assert preempted > 0, "nothing was preempted: the test shows nothing"
-        for question, found in zip(long, together, strict=True):
-            alone = ask(llm, [question], num_tokens=200, ignore_eos=True)[0]
-            assert found.token_ids == alone.token_ids
-            assert len(found.token_ids) == 200
-
-
-def metric(llm: Any, name: str) -> float:
-    return sum(getattr(found, "value", 0) for found in llm.get_metrics() if found.name == name)
-
-
-def test_recycled_handle_blocks(small: Case) -> None:
-    """A pool so small that handles become first blocks of plain prompts and the other way round."""
-    rng = random.Random(0)
-    plain = [replace(small.plain[i % 2], text=small.plain[i % 2].text) for i in range(2)]
-    with engine(SMALL, small.folder, num_gpu_blocks_override=10, max_model_len=224, max_num_seqs=2) as llm:
-        for _ in range(6):
-            for number in range(8):  # many prompts of one block each
-                filler = Question(None, f"{rng.random()} {number}?")
-                ask(llm, [filler], num_tokens=2)
-            some = [small.questions[rng.choice("ab")][rng.randrange(2)], plain[rng.randrange(2)]]
-            check(ask(llm, some), some)
-
-
-def test_qwen(tmp_path: Path, articles: list[dict]) -> None:
-    """Two KV heads, biases in the projections; then its heads on two workers."""
-    case = make_case(CHAT, tmp_path, articles)
-    with engine(CHAT, tmp_path) as llm:
-        suite(llm, case)
-
-
-def test_tensor_parallel(tmp_path: Path, articles: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(CHAT, tmp_path, articles)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with engine(CHAT, tmp_path, tensor_parallel_size=2) as llm:
-        check(ask(llm, case.mixed), case.mixed)
-        check(ask(llm, case.mixed), case.mixed)
-
-
-def test_sliding_windows(tmp_path: Path, articles: list[dict]) -> None:
-    """Gemma 3: the context leaves the windows of its sliding layers while questions and answers are read."""
-    case = make_case(SLIDING, tmp_path, articles)
-    long = [
-        ask_reference(case.contexts["a"], "a", "word " * length + case.questions["a"][0].text)
-        for length in (17, 497, 706)
-    ]
-    with engine(SLIDING, tmp_path) as llm:
-        both = [*case.questions["a"], *case.questions["b"]]
-        check(ask(llm, both), both)
-        check(ask(llm, both[::3]), both[::3])
-        check(ask(llm, long), long)
-        for question in long:
-            check(ask(llm, [question]), [question])
-    with engine(SLIDING, tmp_path, max_num_batched_tokens=64) as llm:
-        check(ask(llm, long[1:]), long[1:])

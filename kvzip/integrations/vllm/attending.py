@@ -21,8 +21,8 @@ Reader = Callable[[Tensor], tuple[Tensor, Tensor]]  # blocks [R, n] -> keys, val
 class LayerRule:
     """What attention is in one layer.
 
-    window: in tokens, or None.  cos, sin: [R/2], of the rotation from where vLLM has a question's first token, right
-    behind the handle, to where the context has it, at position 0.
+    window: in tokens, or None.  cos, sin: [R/2] float32, of the rotation from where vLLM has a question's first token,
+    right behind the handle, to where the context has it, at position 0.
     """
 
     backend: Backend
@@ -84,7 +84,7 @@ def _attend_longer(rule: LayerRule, query: Tensor, tail: Tail, read: Reader) -> 
 
 def _attend_context(rule: LayerRule, rows: Tensor, asked: Asked, layer: RaggedLayer) -> tuple[Tensor, Tensor]:
     """Tokens [T, Hq, D] over the context that they ask: ([T, Hq, D], [T, Hq])."""
-    turned = turn(rows, rule.cos, rule.sin).transpose(0, 1).unsqueeze(0).contiguous()
+    turned = turn(rows.float(), rule.cos, rule.sin).to(rows.dtype).transpose(0, 1).unsqueeze(0).contiguous()
     if layer.window is None:
         out, lse = rule.backend.attend_ragged(turned, layer, scale=rule.scale)
     else:

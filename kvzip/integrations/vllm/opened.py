@@ -71,18 +71,23 @@ def open_context(path: str, key: str, rank: Rank) -> dict[int, RaggedLayer]:
     store from then on can't change what is mapped. Raises FileError.
     """
     copy = cache_dir() / FOLDER / f"{key}.kvz"
-    if not copy.exists():
-        _copy(Path(path), copy)
+    if copy.exists():
+        with suppress(FileError):  # of a process that gave it up meanwhile, or whose store was changed
+            return rank.part_of(_verified(copy, key))
+    _copy(Path(path), copy)
+    return rank.part_of(_verified(copy, key))
+
+
+def _verified(copy: Path, key: str) -> RaggedContext:
+    """The context of a copy; one that is not of that key is removed. Raises FileError."""
     try:
-        found = store.read_info(copy)
         context, _ = store.read(copy)
-        if found.sha256 != key:
-            raise FileError(f"{path!r} was replaced while it was opened: ask again")
+        if store.read_info(copy).sha256 != key:
+            raise FileError("the file was replaced while it was opened: ask again")
     except FileError:
-        with suppress(OSError):
-            copy.unlink()  # or the next one would meet it again
+        give_up(key)
         raise
-    return rank.part_of(context)
+    return context
 
 
 def give_up(key: str) -> None:

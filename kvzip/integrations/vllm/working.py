@@ -9,6 +9,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
@@ -21,6 +22,7 @@ from kvzip.ops.rope import angles
 from kvzip.store.refusal import one_line
 
 logger = init_logger(__name__)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Working:
@@ -51,14 +53,20 @@ class Working:
                 impl.num_kv_heads, model.get_total_num_kv_heads(), window if window > 0 else None
             )
             device = layer.kv_cache.device if isinstance(layer.kv_cache, torch.Tensor) else device
-            impl.attach(self, number, shapes[number].window, self.turn_of(number, model.dtype, device))
+            impl.attach(self, number, shapes[number].window, self.turn_of(number, device))
         place = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self._rank = Rank(shapes, *place, device, model.dtype)
 
-    def turn_of(self, number: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [R/2] of the rotation of a layer by one block back."""
-        cos, sin = angles(self.described.inv_freq[number], torch.tensor([-self.block_size]))
-        return cos[0].to(device, dtype), sin[0].to(device, dtype)
+    def turn_of(self, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [R/2] float32 of the rotation of a layer by one block back. Raises ModelError."""
+        cos, sin = (
+            part[0].float() for part in angles(self.described.inv_freq[number], torch.tensor([self.block_size]))
+        )
+        if not any(is_rotation(rope, self.block_size, cos, sin) for rope in _ROPE_DICT.values()):
+            raise ModelError(
+                f"kvzip can't serve contexts here: vLLM does not rotate layer {number} as the model that made them does"
+            )
+        return cos.to(device), -sin.to(device)
 
     def apply(self, step: Step) -> None:
         """What is to be done before a forward pass."""
@@ -99,6 +107,16 @@ class Working:
         for key in self.contexts:
             give_up(key)
         self.contexts, self.handles = {}, {}
+
+
+def is_rotation(rope: Any, position: int, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether a rotary embedding of vLLM turns halves of a head, at that position by the angles of cos, sin [R/2]."""
+    cache = getattr(rope, "cos_sin_cache", None)
+    if cache is None or not rope.is_neox_style or cache.shape[-1] != 2 * len(cos) or len(cache) <= position:
+        return False
+    theirs = cache[position].float().cpu().view(2, -1)
+    theirs = theirs / theirs.square().sum(dim=0).sqrt()  # some scale both
+    return bool(torch.allclose(theirs, torch.stack([cos, sin]), rtol=0, atol=TOLERANCE[cache.dtype]))
 
 
 def check_layer(number: int, layer: Any) -> None:
