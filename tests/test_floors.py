@@ -25,6 +25,7 @@ FLOORS = [
         "kvzip.recipes",
         "kvzip.methods",
         "kvzip.context",
+        "kvzip.portable",
         "kvzip.scorers",
         "kvzip.profilers",
         "kvzip.replayed",
@@ -45,6 +46,7 @@ FLOORS = [
     [
         "kvzip.options",
         "kvzip.auto",
+        "kvzip.export",
         "kvzip.session",
         "kvzip.compressed",
         "kvzip.prefilled",
