@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvzip import store
 from kvzip.context import RaggedContext
+from kvzip.export import make_portable
 from kvzip.generation import DEFAULT_MAX_NEW_TOKENS, Answer, Clock, check_options, check_positions, check_question
 from kvzip.hf.cache import SessionCache
+from kvzip.progress import Progress, silent
 from kvzip.session import Session
+from kvzip.store import portable
+from kvzip.store.portable import PortableInfo
 
 if TYPE_CHECKING:
     from kvzip.llm import LLM
@@ -66,6 +70,18 @@ class CompressedContext:
     def save(self, path: str | Path) -> int:
         """Write a .kvz file, whole or not at all, and return its bytes. Raises FileError."""
         return store.write(path, self.data)
+
+    def export(
+        self, path: str | Path, keep_ratio: float | None = None, *, certify: bool = True, progress: Progress = silent
+    ) -> PortableInfo:
+        """Write a portable file, for engines that count one slot a token for all heads, and return what it says.
+
+        It has the same count of pairs in every head, the best by rank, and loses more than this context; how much is
+        measured and stands in its `info.loss`. Arguments and what is read again: see `kvzip.export.make_portable`.
+        Raises BudgetError, InputError (nothing to choose the pairs by) or FileError.
+        """
+        portable.write(path, make_portable(self.llm, self.data, keep_ratio, certify=certify, progress=progress))
+        return portable.read_info(path)
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FLOORS = [
         "kvzip.recipes",
         "kvzip.methods",
         "kvzip.context",
+        "kvzip.portable",
         "kvzip.scorers",
         "kvzip.profilers",
         "kvzip.replayed",
@@ -46,6 +47,7 @@ FLOORS = [
     [
         "kvzip.options",
         "kvzip.auto",
+        "kvzip.export",
         "kvzip.session",
         "kvzip.compressed",
         "kvzip.prefilled",

@@ -179,12 +179,12 @@ def check_writable(path: Path) -> None:
         raise FileError(f"{where}: name a file elsewhere with -o") from error
 
 
-def check_ours(path: Path) -> None:
-    """Raises FileError unless the file looks like one that kvzip wrote."""
+def check_ours(path: Path, kind: str = ".kvz", file_format: str = "kvzip") -> None:
+    """Raises FileError unless the file looks like one of that format that kvzip wrote.  kind: as the error calls it."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
-    if b'"format":"kvzip"' not in head and head:
-        raise FileError(f"{str(path)!r} exists and is not a .kvz file: name another with -o, or add --force")
+    if f'"format":"{file_format}"'.encode() not in head and head:
+        raise FileError(f"{str(path)!r} exists and is not a {kind} file: name another with -o, or add --force")
 
 
 def report(context: CompressedContext, path: Path, nbytes: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from kvzip.context import ContextInfo, RaggedContext, SavedTail
 from kvzip.errors import InputError, ModelMismatchError
 from kvzip.store.checks import check_contents, check_header
-from kvzip.store.files import StrPath, digest, header_bytes, opened, os_error, replace_file, specs_in
-from kvzip.store.layout import CODES, FORMAT_VERSION, FileInfo, Storage
+from kvzip.store.files import StrPath, digest, opened, os_error, specs_in, specs_of, store_tensors
+from kvzip.store.layout import FORMAT_VERSION, FileInfo, Storage
 from kvzip.store.refusal import REMAKE, Refused, one_line, short
 from kvzip.store.tensors import context_of, metadata_of, storage_of, tail_of, tensors_of
 
@@ -36,20 +36,12 @@ def write(path: StrPath, context: RaggedContext, tail: SavedTail | None = None) 
     storage = storage_of(context)
     tensors = tensors_of(context, tail, storage)
     try:
-        specs = {name: (CODES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
-        metadata = metadata_of(context, tail, storage)
+        specs, metadata = specs_of(tensors), metadata_of(context, tail, storage)
         checked = check_header(metadata, specs)
         check_contents(tensors, checked.windows, checked.storage)
-        metadata["sha256"] = digest(metadata, specs, tensors)
-        head = header_bytes(metadata, specs, tensors)
+        return store_tensors(path, metadata, specs, tensors)
     except (Refused, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"can't store this context: {one_line(error)}; compress the text again") from error
-    nbytes = len(head) + sum(tensor.nbytes for tensor in tensors.values())
-    try:
-        replace_file(path, head, tensors.values())
-    except (OSError, ValueError) as error:
-        raise os_error(f"write {nbytes} bytes to", path, error) from error
-    return nbytes
 
 
 def read(path: StrPath, *, verify: bool = True) -> tuple[RaggedContext, SavedTail | None]:

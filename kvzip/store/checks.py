@@ -32,7 +32,11 @@ MAX_HEAD_DIM = 1 << 16
 def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> FileInfo:
     """Metadata, then tensors. Format and version come first: a later version may have other rules."""
     if metadata.get("format") != "kvzip":
-        raise Refused("kvzip did not write it")
+        is_portable = metadata.get("format") == "kvzip-portable"
+        raise Refused(
+            "it has the portable layout, for other engines" if is_portable else "kvzip did not write it",
+            f"give the .kvz that it was made of, or {REMAKE}" if is_portable else None,
+        )
     version = metadata.get("format_version", "")
     if version not in (PLAIN_VERSION, FORMAT_VERSION):
         is_later = version.isascii() and version.isdecimal() and int(version[:9]) > int(FORMAT_VERSION)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvzip.errors import FileError, FormatError
-from kvzip.store.layout import Spec
+from kvzip.store.layout import CODES, Spec
 from kvzip.store.refusal import REMAKE, Refused, one_line
 
 MAX_HEADER_NBYTES = 1 << 24
@@ -87,10 +87,28 @@ def replace_file(path: StrPath, head: bytes, tensors: Iterable[Tensor]) -> None:
             os.close(descriptor)
 
 
+def store_tensors(
+    path: StrPath, metadata: dict[str, str], specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]
+) -> int:
+    """Write a file of this metadata, with the digest in it, and these tensors, in their order; returns its bytes.
+
+    Raises Refused for a header that is too long, FileError if the folder or the disk refuses.
+    """
+    whole = metadata | {"sha256": digest(metadata, specs, tensors)}
+    head = header_bytes(whole, specs, tensors)
+    nbytes = len(head) + sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        replace_file(path, head, tensors.values())
+    except (OSError, ValueError) as error:
+        raise os_error(f"write {nbytes} bytes to", path, error) from error
+    return nbytes
+
+
 @contextmanager
-def opened(path: StrPath) -> Iterator[Any]:
+def opened(path: StrPath, remake: str = REMAKE) -> Iterator[Any]:
     """The mapped file. What goes wrong inside leaves as FileError or FormatError, a line that names the file.
 
+    remake: the remedy where the error has none of its own.
     safe_open opens its path twice. By its descriptor, where the system has names for these, both are the same
     file even while another process puts a new one in its place.
     """
@@ -107,8 +125,13 @@ def opened(path: StrPath) -> Iterator[Any]:
     except OSError as error:
         raise os_error("read", path, error) from error
     except (Refused, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
-        remedy = getattr(error, "remedy", REMAKE)
+        remedy = getattr(error, "remedy", None) or remake
         raise FormatError(f"can't use {os.fspath(path)!r}: {one_line(error)}; {remedy}") from error
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """Dtype and shape of tensors that are to be written."""
+    return {name: (CODES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
 
 
 def specs_in(mapped: Any) -> dict[str, Spec]:

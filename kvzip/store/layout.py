@@ -84,7 +84,7 @@ def _layout_dict(layout: Layout | None) -> dict[str, Any] | None:
 
 def storage_in(metadata: Mapping[str, str]) -> Storage:
     """What the `storage` of a file says; its layers are not compared with anything yet."""
-    content = _parse(metadata, "storage", dict, lambda key: True)
+    content = parse_json(metadata, "storage", dict, lambda key: True)
     code, layers = content.get("code"), content.get("levels")
     if code not in KV_DTYPES or not isinstance(layers, list) or not all(isinstance(x, list) for x in layers):
         raise Refused("its 'storage' lacks a dtype or the levels of its layers")
@@ -145,13 +145,13 @@ def _layout_in(content: Any) -> Layout:
 
 def windows_in(metadata: Mapping[str, str]) -> list[int | None]:
     """The sliding window of each layer."""
-    found: list[int | None] = _parse(metadata, "windows", list, _is_window)
+    found: list[int | None] = parse_json(metadata, "windows", list, _is_window)
     return found
 
 
 def turns_in(metadata: Mapping[str, str]) -> list[tuple[str, str, int]]:
     """(question, answer, how many tokens of the tail came before) of each turn."""
-    return [(question, answer, start) for question, answer, start in _parse(metadata, "turns", list, _is_turn)]
+    return [(question, answer, start) for question, answer, start in parse_json(metadata, "turns", list, _is_turn)]
 
 
 def _is_window(value: Any) -> bool:
@@ -164,18 +164,18 @@ def _is_turn(value: Any) -> bool:
 
 def info_in(metadata: Mapping[str, str]) -> ContextInfo:
     """What is known of the context; members of later versions are left out."""
-    data = _parse(metadata, "info", dict, lambda key: True)
+    data = parse_json(metadata, "info", dict, lambda key: True)
     hints = get_type_hints(ContextInfo)
     for field in fields(ContextInfo):
         allowed = {get_origin(hint) or hint for hint in get_args(hints[field.name]) or (hints[field.name],)}
         kind = type(data.get(field.name, field.default))  # without a default: a type that is never allowed
         if kind not in allowed and not (kind is int and float in allowed):
             raise Refused(f"{field.name!r} in its 'info' is missing or of a wrong type")
-    _check_loss(data.get("loss") or {})
+    check_loss(data.get("loss") or {})
     return ContextInfo.from_dict(data)
 
 
-def _check_loss(loss: dict[str, Any]) -> None:
+def check_loss(loss: dict[str, Any]) -> None:
     """Numbers within their ranges; members of later versions may be anything, as nothing reads them."""
     for name, (least, most) in LOSS_RANGES.items():
         value = loss.get(name, least)
@@ -183,7 +183,7 @@ def _check_loss(loss: dict[str, Any]) -> None:
             raise Refused(f"{name!r} in the 'loss' of its 'info' is {short(str(value))}, allowed: {least} to {most:g}")
 
 
-def _parse(metadata: Mapping[str, str], name: str, kind: Any, is_member: Callable[[Any], bool]) -> Any:
+def parse_json(metadata: Mapping[str, str], name: str, kind: Any, is_member: Callable[[Any], bool]) -> Any:
     """The JSON of a metadata value: a `kind` whose members (of a dict: whose keys) pass `is_member`."""
     try:
         value = json.loads(metadata.get(name, ""))

@@ -6,9 +6,12 @@ REMAKE = "make the file again with `kvzip compress`"
 
 
 class Refused(Exception):
-    """Why a file, or a context that is to become one, can't be used."""
+    """Why a file, or a context that is to become one, can't be used.
 
-    def __init__(self, reason: str, remedy: str = REMAKE) -> None:
+    remedy: None = make the file again, in the way of its kind.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
         super().__init__(reason)
         self.remedy = remedy
 
