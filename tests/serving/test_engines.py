@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import load_real
 from ragged import CHAT, SLIDING, SMALL, Case, Question, ask, ask_reference, check, engine, make_case, suite
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
@@ -29,6 +30,28 @@ def test_no_prefix_caching_and_torch_compile(small: Case) -> None:
     with engine(SMALL, small.folder, enable_prefix_caching=False, enforce_eager=False) as llm:
         check(ask(llm, small.mixed), small.mixed)
         check(ask(llm, small.mixed), small.mixed)
+
+
+@pytest.mark.parametrize("name", [SMALL, SLIDING])
+def test_portable_contexts_on_the_stock_backend(
+    name: str, tmp_path: Path, articles: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One count in all heads, in the paged cache itself: no backend of ours is needed."""
+    hf = load_real(name)
+    text = hf.tokenizer.decode(hf.tokenize(articles[0]["text"])[:900])
+    context = hf.compress(text, keep_ratio=0.65, method="kvzip+uniform", certify=False)
+    context.export(tmp_path / "p.kvp", certify=False)
+    questions = [ask_reference(context, "p", q) for q, _ in articles[0]["questions"][:3]]
+    context.save(tmp_path / "ragged.kvz")
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    with engine(name, tmp_path) as llm:
+        check(ask(llm, questions), questions)
+        check(ask(llm, [*questions, Question(None, "Name three colours.")]), questions)
+        assert ask(llm, [replace(questions[0], context="ragged")])[0].finish_reason == "error"
+    monkeypatch.delenv("VLLM_PLUGINS")
+    with engine(name, tmp_path, max_num_batched_tokens=64) as llm:
+        both = [replace(questions[0], context=stored) for stored in ("p", "ragged", "p.kvp")]
+        check(ask(llm, both), both)
 
 
 def test_preemption(small: Case) -> None:

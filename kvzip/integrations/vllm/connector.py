@@ -56,7 +56,8 @@ class KVZipConnector(KVConnectorBase_V1, SupportsHMA):
             )
             logger.info("kvzip serves the contexts of %s to %s", folder, library.fingerprint)
         else:
-            self._working = Working(vllm_config, described, block_size)
+            groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+            self._working = Working(vllm_config, described, groups, block_size)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -111,10 +112,11 @@ class KVZipConnector(KVConnectorBase_V1, SupportsHMA):
         self.working.apply(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing: what a handle stands for is never loaded into the paged cache."""
+        """Portable contexts go into the paged cache; what a handle stands for never does."""
+        self.working.load()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing, as `start_load_kv`."""
+        """Nothing: all is there when the forward pass begins."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing is stored."""

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from kvzip import store
 from kvzip.errors import FileError
-from kvzip.integrations.vllm import SUFFIX
+from kvzip.store import portable
 from kvzip.store.refusal import short
 
+PORTABLE = ".kvp"
+SUFFIXES = (".kvz", PORTABLE)  # in the order they are looked for
 MAX_NAME = 255
 
 
@@ -24,6 +26,7 @@ class Entry:
 
     name: as requests say it.  path: the file.  key: sha256 of its contents, which is what it is known by: a file that
     was replaced is another context.  logical_len: positions that prefix and context take.  nbytes: of its pairs.
+    num_slots: tokens that it takes in the paged cache, of a portable file; None = a handle stands for it.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Entry:
     key: str
     logical_len: int
     nbytes: int
+    num_slots: int | None = None
 
 
 class Library:
@@ -44,23 +48,28 @@ class Library:
         self._known: dict[str, tuple[tuple[int, ...], Entry]] = {}
 
     def find(self, name: object) -> Entry:
-        """The context of that name. Raises RefusedRequest."""
-        path = self.folder / f"{checked_name(name)}{SUFFIX}"
+        """The context of that name: the file of that name, or with one of `SUFFIXES`. Raises RefusedRequest."""
+        checked = checked_name(name)
+        for suffix in ("",) if checked.endswith(SUFFIXES) else SUFFIXES:
+            if (found := self._found(checked + suffix)) is not None:
+                return found
+        raise RefusedRequest(f"no context {short(checked)} in the store: check the name, or add its file")
+
+    def _found(self, name: str) -> Entry | None:
+        path = self.folder / name
         try:
             seen = os.stat(path)
         except (OSError, ValueError):
-            raise RefusedRequest(
-                f"no context {short(str(name))} in the store: check the name, or add its file"
-            ) from None
+            return None
         identity = (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-        known = self._known.get(str(name))
+        known = self._known.get(name)
         if known is None or known[0] != identity:
-            self._known[str(name)] = known = identity, self._read(str(name), path)
+            self._known[name] = known = identity, self._read(name, path)
         return known[1]
 
     def _read(self, name: str, path: Path) -> Entry:
         try:
-            found = store.read_info(path)
+            found = portable.read_info(path) if name.endswith(PORTABLE) else store.read_info(path)
         except FileError as error:
             raise RefusedRequest(str(error)) from None
         if found.info.fingerprint != self.fingerprint:
@@ -68,6 +77,8 @@ class Library:
                 f"context {short(name)} was made with {short(found.info.model)} ({short(found.info.fingerprint)}), but "
                 f"this server runs {short(self.fingerprint)}: ask a server of its model, or compress the text again"
             )
+        if isinstance(found, portable.PortableInfo):
+            return Entry(name, path, found.sha256, found.logical_len, found.kv_nbytes, found.num_pairs)
         if kind := unservable(found):
             raise RefusedRequest(f"context {short(name)} {kind}: ask it with `kvzip ask`, or compress it without")
         return Entry(name, path, found.sha256, found.prefix_len + found.context_len, found.kv_nbytes)
@@ -81,10 +92,9 @@ def unservable(info: store.FileInfo) -> str:
 
 
 def checked_name(name: object) -> str:
-    """A name below the folder, without the suffix. Raises RefusedRequest."""
+    """A name below the folder. Raises RefusedRequest."""
     if not isinstance(name, str):
         raise RefusedRequest(f"the name of a context is {type(name).__name__}, expected a string")
-    parts = name.split("/")
-    if len(name) > MAX_NAME or "\0" in name or any(not part or part.startswith(".") for part in parts):
-        raise RefusedRequest(f"{short(name)} is no name of a context: give a file below the store, without {SUFFIX}")
-    return name.removesuffix(SUFFIX)
+    if len(name) > MAX_NAME or "\0" in name or any(not part or part.startswith(".") for part in name.split("/")):
+        raise RefusedRequest(f"{short(name)} is no name of a context: give that of a file below the store")
+    return name

@@ -8,13 +8,17 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from kvzip import store
 from kvzip.context import RaggedContext, RaggedLayer
 from kvzip.errors import FileError
+from kvzip.integrations.vllm.library import PORTABLE, SUFFIXES
 from kvzip.models.cache import cache_dir
+from kvzip.portable import PortableContext
+from kvzip.store import portable
 
 FOLDER = "served"
 
@@ -36,7 +40,7 @@ class Rank:
     """What part of a model a worker computes.
 
     layers: by the model's own numbers.  index, size: among the workers that share the heads of a layer, and how many
-    these are.  device, dtype: of its keys and values.
+    these are.  device, dtype: of its keys and values.  why_no_handles: why only portable contexts are served, or "".
     """
 
     layers: dict[int, LayerShape]
@@ -44,6 +48,7 @@ class Rank:
     size: int
     device: torch.device
     dtype: torch.dtype
+    why_no_handles: str = ""
 
     def part_of(self, context: RaggedContext) -> dict[int, RaggedLayer]:
         """This worker's layers and heads; views where device and dtype are the file's. Raises FileError."""
@@ -64,36 +69,53 @@ def first_head(rank: Rank, shape: LayerShape) -> int:
     return rank.index * shape.num_kv_heads
 
 
-def open_context(path: str, key: str, rank: Rank) -> dict[int, RaggedLayer]:
-    """This worker's part of the context of that key, verified; `key` is the sha256 of its contents.
+Held: TypeAlias = "dict[int, RaggedLayer] | PortableContext"  # what a worker keeps of a context
+
+
+def open_context(path: str, key: str, rank: Rank) -> Held:
+    """This worker's part of the context of that key, or a portable one whole, verified; `key` is the sha256 of it.
 
     The file is copied to the cache folder first, under its key, for all processes of the machine: what happens to the
     store from then on can't change what is mapped. Raises FileError.
     """
-    copy = cache_dir() / FOLDER / f"{key}.kvz"
+    copy = cache_dir() / FOLDER / f"{key}{Path(path).suffix}"
     if copy.exists():
         with suppress(FileError):  # of a process that gave it up meanwhile, or whose store was changed
-            return rank.part_of(_verified(copy, key))
+            return _verified(copy, key, rank)
     _copy(Path(path), copy)
-    return rank.part_of(_verified(copy, key))
+    return _verified(copy, key, rank)
 
 
-def _verified(copy: Path, key: str) -> RaggedContext:
-    """The context of a copy; one that is not of that key is removed. Raises FileError."""
+def _verified(copy: Path, key: str, rank: Rank) -> Held:
+    """What is held of a copy; one that is not of that key is removed. Raises FileError."""
     try:
-        context, _ = store.read(copy)
-        if store.read_info(copy).sha256 != key:
+        info, found = _read(copy, rank)
+        if info.sha256 != key:
             raise FileError("the file was replaced while it was opened: ask again")
     except FileError:
         give_up(key)
         raise
-    return context
+    return found
+
+
+def _read(copy: Path, rank: Rank) -> tuple[store.FileInfo | portable.PortableInfo, Held]:
+    if copy.suffix == PORTABLE:
+        info = portable.read_info(copy)
+        for number, shape in rank.layers.items():
+            fits = number < len(info.heads) and info.heads[number][0] == shape.total
+            if not fits or info.windows[number] != shape.window:
+                raise FileError(f"layer {number} of the context is not as the model's: compress the text again")
+        return info, portable.read(copy)
+    if rank.why_no_handles:
+        raise FileError(rank.why_no_handles)
+    return store.read_info(copy), rank.part_of(store.read(copy)[0])
 
 
 def give_up(key: str) -> None:
     """Remove the copy of a context; who has it mapped keeps it."""
-    with suppress(OSError):
-        (cache_dir() / FOLDER / f"{key}.kvz").unlink()
+    for suffix in SUFFIXES:
+        with suppress(OSError):
+            (cache_dir() / FOLDER / f"{key}{suffix}").unlink()
 
 
 def _copy(path: Path, copy: Path) -> None:

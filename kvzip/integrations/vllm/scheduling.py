@@ -1,7 +1,8 @@
 """The scheduler's side: which request asks which context, which block stands for it, what is refused.
 
 A request that names a context gets one block of placeholders before its own tokens, the handle, which is claimed as
-computed elsewhere and never is. Requests of one context share it through vLLM's own prefix cache.
+computed elsewhere and never is. Requests of one context share it through vLLM's own prefix cache. A portable context
+gets as many placeholders as it has slots, and these are filled.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from kvzip.integrations.vllm import PARAMETER
 from kvzip.integrations.vllm.library import Entry, Library, RefusedRequest
-from kvzip.integrations.vllm.messages import Reports, Step
+from kvzip.integrations.vllm.messages import Load, Reports, Step
 from kvzip.integrations.vllm.prompts import Questions
 from kvzip.store.refusal import short
 
@@ -107,13 +108,17 @@ class Room:
     max_model_len: int
     max_positions: int | None
 
+    def num_placeholders(self, entry: Entry) -> int:
+        """Tokens that stand for a context in a prompt."""
+        return self.block_size if entry.num_slots is None else entry.num_slots
+
     def max_new_tokens(self, entry: Entry, num_asked: int, max_tokens: int, prompt_len: int) -> int:
         """How many tokens the answer may have, where `max_tokens` were asked with a prompt of `prompt_len`.
 
         Who asks for as many as fit, as vLLM does by itself, gets as many as fit behind the context.
         Raises RefusedRequest where they do not fit.
         """
-        room = self.max_model_len - self.block_size - num_asked
+        room = self.max_model_len - self.num_placeholders(entry) - num_asked
         if self.max_positions is not None:
             room = min(room, self.max_positions - entry.logical_len - num_asked)
         wants_all = max_tokens >= self.max_model_len - prompt_len
@@ -160,7 +165,7 @@ class Scheduling:
         request.max_tokens = self.room.max_new_tokens(entry, len(asked), request.max_tokens, request.num_prompt_tokens)
         self._entries[request.request_id] = entry
         self.contexts.failed.pop(entry.key, None)  # of an earlier request; the file may be whole by now
-        ids = [self.questions.placeholder] * self.room.block_size + asked
+        ids = [self.questions.placeholder] * self.room.num_placeholders(entry) + asked
         rewrite(request, ids, salted(self._secret, entry.key, request.cache_salt))
 
     def _refuse(self, request: Any, reason: str) -> None:
@@ -178,7 +183,7 @@ class Scheduling:
             try:
                 if not self.contexts.is_ready(entry, request.request_id):
                     return None, False
-                return max(0, self.room.block_size - num_local), False
+                return max(0, self.room.num_placeholders(entry) - num_local), False
             except RefusedRequest as refusal:
                 self._refuse(request, str(refusal))
         return (1, True) if request.request_id in self._refused else (0, False)
@@ -190,12 +195,16 @@ class Scheduling:
                 self.contexts.step.refused.append(request.request_id)
             return
         entry = self._entries.get(request.request_id)
+        is_handle = entry is not None and entry.num_slots is None
         for first in {group[0] for group in blocks if group} - {0}:  # 0: a window has left its first block behind
-            if entry is not None and self._handles.get(first) != entry.key:
+            if entry is not None and is_handle and self._handles.get(first) != entry.key:
                 assert num_claimed == self.room.block_size, "a cached first block is a handle that the workers know"
                 self._hold(first, entry.key)
-            elif entry is None and first in self._handles:
+            elif not is_handle and first in self._handles:
                 self._hold(first, None)
+        if entry is not None and entry.num_slots is not None and num_claimed:
+            start, own = entry.num_slots - num_claimed, tuple(tuple(group) for group in blocks)
+            self.contexts.step.loads.append(Load(entry.key, start, entry.num_slots, own))
 
     def _hold(self, block: int, key: str | None) -> None:
         if key is None:
