@@ -46,7 +46,8 @@ def test_portable_contexts_on_the_stock_backend(
     monkeypatch.setenv("VLLM_PLUGINS", "")
     with engine(name, tmp_path) as llm:
         check(ask(llm, questions), questions)
-        check(ask(llm, [*questions, Question(None, "Name three colours.")]), questions)
+        beside_plain = [*questions, Question(None, "Name three colours.")]
+        check(ask(llm, beside_plain), beside_plain)
         assert ask(llm, [replace(questions[0], context="ragged")])[0].finish_reason == "error"
     monkeypatch.delenv("VLLM_PLUGINS")
     with engine(name, tmp_path, max_num_batched_tokens=64) as llm:
