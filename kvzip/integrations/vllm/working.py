@@ -12,7 +12,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
-from kvzip.context import RaggedLayer
 from kvzip.errors import KVZipError, ModelError
 from kvzip.hf.described import Described
 from kvzip.integrations.vllm.messages import Step
@@ -26,15 +25,15 @@ logger = init_logger(__name__)
 class Working:
     """What a worker knows: its part of the model, the contexts it holds, and which first blocks stand for them.
 
-    handles: key by block.  contexts: by key, this worker's layers.
+    handles: key by block.  contexts: by key, this worker's layers as their attention holds them.
     """
 
     def __init__(self, config: Any, described: Described, block_size: int) -> None:
         self.config, self.described, self.block_size = config, described, block_size
         self.handles: dict[int, str] = {}
-        self.contexts: dict[str, dict[int, RaggedLayer]] = {}
+        self.contexts: dict[str, dict[int, Any]] = {}
         self._rank: Rank | None = None
-        self._opening: dict[str, Future[dict[int, RaggedLayer]]] = {}
+        self._opening: dict[str, Future[dict[int, Any]]] = {}
         self._refused: list[str] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvzip-open")
 
@@ -44,21 +43,21 @@ class Working:
         model = self.config.model_config
         shapes, device = dict[int, LayerShape](), torch.device("cpu")
         for number, layer in sorted(layers.items()):
-            check_layer(number, layer)
+            check_layer(number, layer, self.block_size)
             impl = layer.impl
             window = impl.sliding_window if isinstance(impl.sliding_window, int) else impl.sliding_window[0] + 1
             shapes[number] = LayerShape(
-                impl.num_kv_heads, model.get_total_num_kv_heads(), window if window > 0 else None
+                impl.num_kv_heads, model.get_total_num_kv_heads(), window if window > 0 else None, impl.hold
             )
-            device = layer.kv_cache.device if isinstance(layer.kv_cache, torch.Tensor) else device
-            impl.attach(self, number, shapes[number].window, self.turn_of(number, model.dtype, device))
+            device = layer.kv_cache.device
+            impl.attach(self, number, shapes[number].window, self.turn_of(number, device))
         place = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self._rank = Rank(shapes, *place, device, model.dtype)
 
-    def turn_of(self, number: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [R/2] of the rotation of a layer by one block back."""
+    def turn_of(self, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [R/2] float32 of the rotation of a layer by one block back."""
         cos, sin = angles(self.described.inv_freq[number], torch.tensor([-self.block_size]))
-        return cos[0].to(device, dtype), sin[0].to(device, dtype)
+        return cos[0].to(device, torch.float32), sin[0].to(device, torch.float32)
 
     def apply(self, step: Step) -> None:
         """What is to be done before a forward pass."""
@@ -85,7 +84,7 @@ class Working:
         done = [key for key, future in self._opening.items() if future.done()]
         return [(key, self._take(key, self._opening.pop(key))) for key in done]
 
-    def _take(self, key: str, future: Future[dict[int, RaggedLayer]]) -> str:
+    def _take(self, key: str, future: Future[dict[int, Any]]) -> str:
         try:
             self.contexts[key] = future.result()
         except (KVZipError, OSError, RuntimeError, ValueError) as error:
@@ -101,7 +100,7 @@ class Working:
         self.contexts, self.handles = {}, {}
 
 
-def check_layer(number: int, layer: Any) -> None:
+def check_layer(number: int, layer: Any, block_size: int) -> None:
     """Raises ModelError for a layer whose attention behind a context would not be the model's."""
     impl = layer.impl
     if not hasattr(impl, "attach"):
@@ -115,6 +114,7 @@ def check_layer(number: int, layer: Any) -> None:
         "ALiBi": impl.alibi_slopes is not None,
         "attention sinks": impl.sinks is not None,
         "keys of another layer": impl.kv_sharing_target_layer_name is not None,
+        f"a cache in blocks that are not the handle's {block_size} tokens": layer.kv_cache.shape[2:3] != (block_size,),
     }
     for what, is_there in wrong.items():
         if is_there:
