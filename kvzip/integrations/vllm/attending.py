@@ -84,12 +84,29 @@ def _attend_longer(rule: LayerRule, query: Tensor, tail: Tail, read: Reader) -> 
 
 def _attend_context(rule: LayerRule, rows: Tensor, asked: Asked, layer: RaggedLayer) -> tuple[Tensor, Tensor]:
     """Tokens [T, Hq, D] over the context that they ask: ([T, Hq, D], [T, Hq])."""
-    turned = turn(rows.float(), rule.cos, rule.sin).to(rows.dtype).transpose(0, 1).unsqueeze(0).contiguous()
+    turned = turned_back(rule, rows).transpose(0, 1).unsqueeze(0).contiguous()
     if layer.window is None:
         out, lse = rule.backend.attend_ragged(turned, layer, scale=rule.scale)
     else:
         keys, values = (t.view(1, layer.num_kv_heads, -1, t.shape[-1]) for t in layer.dense())
-        behind = torch.arange(keys.shape[2], 0, -1)  # tokens from the context's end, which a query sees or not
-        mask = behind <= (layer.window - 1 - asked.positions).unsqueeze(1)
-        out, lse = rule.backend.attend(turned, keys, values, scale=rule.scale, mask=mask[None, None])
+        out, lse = attend_window(rule, turned, asked.positions, keys, values)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def turned_back(rule: LayerRule, rows: Tensor) -> Tensor:
+    """Queries [T, Hq, D] as they are where the context has them: turned in the dtype of `rule.cos`, rounded once."""
+    return turn(rows, rule.cos, rule.sin).to(rows.dtype)
+
+
+def attend_window(
+    rule: LayerRule, turned: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries [1, Hq, T, D] at `positions` [T] behind a context, over its last tokens that are still in their window.
+
+    keys, values: [1, Hkv, n, D], the last n tokens of the context.
+    Returns ([1, Hq, T, D], [1, Hq, T]); a query that sees nothing any more gives 0 and -inf.
+    """
+    assert rule.window is not None
+    behind = torch.arange(keys.shape[2], 0, -1, device=turned.device)  # tokens from the context's end
+    mask = behind <= (rule.window - 1 - positions).unsqueeze(1)
+    return rule.backend.attend(turned, keys, values, scale=rule.scale, mask=mask[None, None])

@@ -16,12 +16,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from kvzip.backends import get_backend
+from kvzip.context import RaggedLayer
 from kvzip.integrations.vllm.attending import LayerRule, attend_asked
 from kvzip.integrations.vllm.paged import BlockLayout, learn_layout
-from kvzip.integrations.vllm.plan import Plan, make_plan
+from kvzip.integrations.vllm.plan import Plan, make_plan, once
 from kvzip.integrations.vllm.working import Working
 
-PLAN = "kvzip_plan"  # where a step's metadata keeps what was worked out for it
+PLAIN = "kvzip_plain"  # where a step's metadata keeps that of its rows without a context
 
 
 class KVZipCPUBackend(CPUAttentionBackend):
@@ -42,6 +43,10 @@ class KVZipCPUImpl(CPUAttentionBackendImpl):
         self.working, self.number = working, number
         self.rule = LayerRule(get_backend("auto", "cpu"), self.scale, window, *turned)
         self.layout: BlockLayout | None = None
+
+    def hold(self, layer: RaggedLayer) -> RaggedLayer:
+        """A layer as attention reads it: as it is, mapped from the file."""
+        return layer
 
     def forward(
         self,
@@ -84,7 +89,7 @@ class KVZipCPUImpl(CPUAttentionBackendImpl):
 
     def _plain_part(self, layer: Any, metadata: CPUAttentionMetadata, plan: Plan) -> CPUAttentionMetadata:
         """The metadata of the rows without a context, made once a step for layers of one window."""
-        parts = metadata.__dict__.setdefault(f"{PLAN}_plain", {})
+        parts = metadata.__dict__.setdefault(PLAIN, {})
         if self.sliding_window not in parts:
             starts, lengths = metadata.query_start_loc, metadata.seq_lens[plan.plain]
             new = starts.diff()[plan.plain]
@@ -118,11 +123,9 @@ class KVZipCPUImpl(CPUAttentionBackendImpl):
 
 def plan_of(metadata: CPUAttentionMetadata, working: Working) -> Plan | None:
     """The plan of a step, made by its first layer."""
-    if PLAN not in metadata.__dict__:
-        plan = None
-        if working.handles:
-            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-            plan = make_plan(working.handles, metadata.block_table, starts, lengths, working.block_size)
-        setattr(metadata, PLAN, plan)
-    found: Plan | None = metadata.__dict__[PLAN]
-    return found
+
+    def make() -> Plan | None:
+        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        return make_plan(working.handles, metadata.block_table, starts, lengths, working.block_size)
+
+    return once(metadata, make) if working.handles else None

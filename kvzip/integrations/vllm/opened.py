@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,12 +28,14 @@ FOLDER = "served"
 class LayerShape:
     """One layer of this worker.
 
-    num_kv_heads: that it computes.  total: of the model.  window: in tokens, or None.
+    num_kv_heads: that it computes.  total: of the model.  window: in tokens, or None.  hold: makes of a layer what its
+    attention reads.
     """
 
     num_kv_heads: int
     total: int
     window: int | None
+    hold: Callable[[RaggedLayer], Any]
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,20 @@ class Rank:
     dtype: torch.dtype
     why_no_handles: str = ""
 
-    def part_of(self, context: RaggedContext) -> dict[int, RaggedLayer]:
-        """This worker's layers and heads; views where device and dtype are the file's. Raises FileError."""
+    def part_of(self, context: RaggedContext) -> dict[int, Any]:
+        """This worker's layers and heads as it holds them; on a CPU in the file's dtype these are views.
+
+        Raises FileError.
+        """
         found = {}
         for number, shape in self.layers.items():
             layer = context.layers[number] if number < len(context.layers) else None
             if layer is None or layer.num_kv_heads != shape.total or layer.window != shape.window:
                 raise FileError(f"layer {number} of the context is not as the model's: compress the text again")
             first = first_head(self, shape)
-            found[number] = layer.heads(first, first + shape.num_kv_heads).to(self.device, self.dtype)
+            found[number] = shape.hold(layer.heads(first, first + shape.num_kv_heads).to(self.device, self.dtype))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the engine reads it from a stream of its own
         return found
 
 
@@ -69,7 +77,9 @@ def first_head(rank: Rank, shape: LayerShape) -> int:
     return rank.index * shape.num_kv_heads
 
 
-Held: TypeAlias = "dict[int, RaggedLayer] | PortableContext"  # what a worker keeps of a context
+Held: TypeAlias = (
+    "dict[int, Any] | PortableContext"  # layers as their attention holds them, or all of a portable context
+)
 
 
 def open_context(path: str, key: str, rank: Rank) -> Held:

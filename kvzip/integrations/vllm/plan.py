@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+PLAN = "kvzip_plan"  # where a step's metadata keeps what was worked out for it
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Tail:
+class Behind:
     """One request behind a context.
 
-    tokens: which tokens of the batch are its new ones.  blocks: of its keys and values behind the handle.  length:
-    tokens in these, the new ones last.
+    row: of the batch.  tokens: which tokens of the batch are its new ones.  length: of its tail, all tokens behind the
+    handle, the new ones last.
     """
 
+    row: int
     tokens: slice
-    blocks: Tensor
     length: int
 
     @property
@@ -29,6 +33,13 @@ class Tail:
     def first(self) -> int:
         """The position of the first new token, counted from the end of the context."""
         return self.length - self.num_new
+
+
+@dataclass(frozen=True)
+class Tail(Behind):
+    """With the blocks [n] of its keys and values behind the handle."""
+
+    blocks: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,29 @@ class Plan:
     plain_tokens: Tensor
 
 
+def rows_behind(
+    handles: Mapping[int, str],
+    first_blocks: Sequence[int],
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    block_size: int,
+) -> dict[str, list[Behind]]:
+    """The requests of a batch of R that have new tokens behind a context, by its key.
+
+    handles: key of the context by its first block.  first_blocks: [R].  query_start_loc: [R + 1], where the new tokens
+    of each begin in the batch.  seq_lens: [R], all tokens of each, the handle's places included.
+    """
+    found: dict[str, list[Behind]] = {}
+    for row, first in enumerate(first_blocks):
+        tokens, key = slice(query_start_loc[row], query_start_loc[row + 1]), handles.get(first)
+        if key is None or tokens.stop <= tokens.start:
+            continue
+        length = seq_lens[row] - block_size
+        assert length >= tokens.stop - tokens.start, "a handle block can't be computed"
+        found.setdefault(key, []).append(Behind(row, tokens, length))
+    return found
+
+
 def make_plan(
     handles: Mapping[int, str],
     block_table: Tensor,
@@ -75,28 +109,21 @@ def make_plan(
 ) -> Plan | None:
     """What a batch of R requests asks of contexts, or None where it asks none.
 
-    handles: key of the context by its first block.  block_table: [R, n] int32.  query_start_loc: [R + 1], where the new
-    tokens of each begin in the batch.  seq_lens: [R], all tokens of each, the handle's places included.
+    block_table: [R, n] int32.  The others as in `rows_behind`.
     """
-    keys = [handles.get(first) for first in block_table[: len(seq_lens), 0].tolist()]
-    keys = [key if query_start_loc[i + 1] > query_start_loc[i] else None for i, key in enumerate(keys)]
-    if not any(key is not None for key in keys):
+    first_blocks = block_table[: len(seq_lens), 0].tolist()
+    found = rows_behind(handles, first_blocks, query_start_loc, seq_lens, block_size)
+    if not found:
         return None
-    tails: dict[str, list[Tail]] = {}
-    plain = []
-    for row, key in enumerate(keys):
-        tokens = slice(query_start_loc[row], query_start_loc[row + 1])
-        if key is None:
-            plain.append(row)
-            continue
-        length = seq_lens[row] - block_size
-        assert length >= tokens.stop - tokens.start, "a handle block can't be computed"
-        blocks = block_table[row, 1 : 1 - -length // block_size]
-        tails.setdefault(key, []).append(Tail(tokens, blocks, length))
-    every = [tail for some in tails.values() for tail in some]
+    every = [
+        Tail(one.row, one.tokens, one.length, block_table[one.row, 1 : 1 - -one.length // block_size])
+        for some in found.values()
+        for one in some
+    ]
+    plain = sorted(set(range(len(seq_lens))) - {tail.row for tail in every})
     spans = [torch.arange(query_start_loc[row], query_start_loc[row + 1]) for row in plain]
     return Plan(
-        asked={key: _asked(some) for key, some in tails.items()},
+        asked={key: asked_by(some) for key, some in found.items()},
         decoded=_decoded([tail for tail in every if tail.num_new == 1]),
         longer=tuple(tail for tail in every if tail.num_new > 1),
         plain=torch.tensor(plain, dtype=torch.int64),
@@ -104,9 +131,10 @@ def make_plan(
     )
 
 
-def _asked(tails: Sequence[Tail]) -> Asked:
-    tokens = torch.cat([torch.arange(tail.tokens.start, tail.tokens.stop) for tail in tails])
-    positions = torch.cat([torch.arange(tail.first, tail.length) for tail in tails])
+def asked_by(rows: Sequence[Behind]) -> Asked:
+    """What requests behind the same context ask of it."""
+    tokens = torch.cat([torch.arange(one.tokens.start, one.tokens.stop) for one in rows])
+    positions = torch.cat([torch.arange(one.first, one.length) for one in rows])
     return Asked(tokens, positions)
 
 
@@ -118,3 +146,11 @@ def _decoded(tails: Sequence[Tail]) -> Decoded | None:
         blocks[row, : len(tail.blocks)] = tail.blocks
     tokens, lengths = ([getattr(tail, name) for tail in tails] for name in ("tokens", "length"))
     return Decoded(torch.tensor([part.start for part in tokens]), blocks, torch.tensor(lengths))
+
+
+def once(metadata: Any, make: Callable[[], T]) -> T:
+    """What `make` gives for a step's metadata, made by the first layer that asks."""
+    if PLAN not in metadata.__dict__:
+        setattr(metadata, PLAN, make())
+    found: T = metadata.__dict__[PLAN]
+    return found

@@ -14,7 +14,6 @@ from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
-from kvzip.context import RaggedLayer
 from kvzip.errors import KVZipError, ModelError
 from kvzip.hf.described import Described
 from kvzip.integrations.vllm.loading import Target, load_slots
@@ -32,14 +31,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 class Working:
     """What a worker knows: its part of the model, the contexts it holds, and which first blocks stand for them.
 
-    handles: key by block.  contexts: by key, this worker's layers.  portable: by key.
+    handles: key by block.  contexts: by key, this worker's layers as their attention holds them.  portable: by key.
     """
 
     def __init__(self, config: Any, described: Described, groups: Sequence[Sequence[str]], block_size: int) -> None:
         """groups: the names of the layers that share blocks."""
         self.config, self.described, self.block_size = config, described, block_size
         self.handles: dict[int, str] = {}
-        self.contexts: dict[str, dict[int, RaggedLayer]] = {}
+        self.contexts: dict[str, dict[int, Any]] = {}
         self.portable: dict[str, PortableContext] = {}
         self._group_of = {name: number for number, names in enumerate(groups) for name in names}
         self._targets: dict[int, Target] = {}
@@ -61,9 +60,10 @@ class Working:
             if not isinstance(layer, Attention):
                 continue
             number = extract_layer_index(name)
-            check_layer(number, layer)
+            check_layer(number, layer, self.block_size)
             window = window_of(layer.impl)
-            shape = LayerShape(layer.impl.num_kv_heads, model.get_total_num_kv_heads(), window)
+            hold = getattr(layer.impl, "hold", lambda found: found)
+            shape = LayerShape(layer.impl.num_kv_heads, model.get_total_num_kv_heads(), window, hold)
             self._targets[number] = Target(layer, self._group_of[name], shape)
             device, turned = layer.kv_cache.device, self.turn_of(number, layer.kv_cache.device)
             if hasattr(layer.impl, "attach"):
@@ -154,7 +154,7 @@ def window_of(impl: Any) -> int | None:
     return window if window > 0 else None
 
 
-def check_layer(number: int, layer: Any) -> None:
+def check_layer(number: int, layer: Any, block_size: int) -> None:
     """Raises ModelError for a layer whose attention behind a context would not be the model's."""
     impl = layer.impl
     wrong = {
@@ -163,6 +163,7 @@ def check_layer(number: int, layer: Any) -> None:
         "ALiBi": impl.alibi_slopes is not None,
         "attention sinks": impl.sinks is not None,
         "keys of another layer": impl.kv_sharing_target_layer_name is not None,
+        f"a cache in blocks that are not the handle's {block_size} tokens": layer.kv_cache.shape[2:3] != (block_size,),
     }
     for what, is_there in wrong.items():
         if is_there:
