@@ -10,9 +10,9 @@ import torch
 from random_context import Shape, random_context
 from torch import Tensor
 
-from kvzip.backends import get_backend
+from kvzip.backends import get_backend, native
 from kvzip.context import RaggedLayer
-from kvzip.integrations.vllm.attending import LayerRule, attend_asked
+from kvzip.integrations.vllm.attending import LayerRule, Paged, attend_asked
 from kvzip.integrations.vllm.paged import BlockLayout, learn_layout
 from kvzip.integrations.vllm.plan import make_plan
 from kvzip.ops.attention import attend
@@ -138,7 +138,7 @@ def test_each_token_sees_its_context_and_what_came_before_it(
     cos, sin = (t[0].float() for t in angles(INV_FREQ, torch.tensor([-BLOCK])))
     rule = LayerRule(get_backend("auto"), 0.4, window, cos, sin)
     output = torch.full((starts[-1], HEADS * GROUPS, DIM), 7.0)
-    attend_asked(rule, torch.cat(queries), plan, contexts, lambda blocks: layout.read(cache, blocks), output)
+    attend_asked(rule, torch.cat(queries), plan, contexts, Paged(cache, layout), output)
     for index, row in enumerate(batch):
         found = output[starts[index] : starts[index + 1]]
         if row.context is None:
@@ -174,6 +174,26 @@ def reference(layer: RaggedLayer, query: Tensor, keys: Tensor, values: Tensor, d
         )  # fmt: skip
         heads.append(out[0])
     return torch.cat(heads).transpose(0, 1)
+
+
+@pytest.mark.skipif(native._compiler() is None, reason="no C compiler on this machine")
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("size", [4, 32, 128])
+def test_the_kernel_for_paged_tails_is_as_the_reference(size: int, window: int | None) -> None:
+    rng, lengths, num_heads = torch.Generator().manual_seed(size), torch.tensor([1, size, size + 3, 3 * size]), 6
+    cache = 5 * torch.randn(20, HEADS, size, 2 * DIM, generator=rng)
+    blocks = torch.randperm(20, generator=rng)[:12].view(4, 3).contiguous()
+    query = torch.randn(4, num_heads, DIM, generator=rng)
+    assert native.fits_paged(cache, num_heads) and not native.fits_paged(cache.double(), num_heads)
+    out, lse = native.attend_paged(query, cache, blocks, lengths, scale=0.4, window=window)
+    keys, values = BlockLayout("columns", "rows").read(cache, blocks)
+    places = torch.arange(3 * size)
+    mask = places < lengths.unsqueeze(1)
+    if window is not None:
+        mask &= places >= lengths.unsqueeze(1) - window
+    wanted, wanted_lse = attend(query.unsqueeze(2), keys, values, scale=0.4, mask=mask[:, None, None])
+    torch.testing.assert_close(out, wanted.squeeze(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse, wanted_lse.squeeze(2), rtol=0, atol=1e-5)
 
 
 def test_a_batch_without_contexts_has_no_plan() -> None:

@@ -31,7 +31,8 @@ PART = 512  # keys of a part, as in ragged.c
 MAX_DIM = 512  # as in ragged.c
 MAX_ROWS = 512  # query rows of a KV head; beyond that the matrix products of the `cpu` backend are faster
 MAX_CODED_ROWS = 64  # the same for quantized pairs, which are read anew for each eight rows
-SOURCES = ("ragged.c", "ragged_rows.h")
+MAX_PAGED = (512, 256, 32)  # size of a head, tokens of a block, query heads of a KV head, as in paged.c
+SOURCES = ("ragged.c", "ragged_rows.h", "paged.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 Kernel = Callable[..., None]
 
@@ -170,20 +171,63 @@ def _fits_tail(keys: Tensor, values: Tensor) -> bool:
     return plain and keys.stride() == values.stride() and keys.stride()[2:] == (keys.shape[3], 1)
 
 
-@lru_cache(maxsize=1)
-def load_kernel() -> Kernel:
-    """The function `kvzip_attend_ragged` of ragged.c, compiled now if it was not before. Raises BackendError."""
+def attend_paged(
+    query: Tensor, cache: Tensor, blocks: Tensor, lengths: Tensor, *, scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """One new token of each of R requests over its tail in a paged cache; float32, contiguous, on the CPU.
+
+    query: [R, Hq, D].  cache: [N, Hkv, size, 2 * D], whose blocks hold keys as [D, size], then values as [size, D].
+    blocks: [R, n] int64, of each tail.  lengths: [R] int64, tokens of it, at least 1.  window: the last tokens that are
+    seen, or None.  Returns ([R, Hq, D], [R, Hq]), output and log-sum-exp.  Raises BackendError.
+    """
+    num_requests, num_heads, dim = query.shape
+    _, num_kv_heads, size, _ = cache.shape
+    assert all(t.is_contiguous() for t in (query, cache, blocks, lengths))
+    out, lse = torch.empty_like(query), query.new_empty(num_requests, num_heads)
+    load_paged_kernel()(
+        query.data_ptr(), cache.data_ptr(), blocks.data_ptr(), lengths.data_ptr(),
+        num_requests, blocks.shape[1], num_kv_heads, num_heads // num_kv_heads, size, dim, window or 0, scale,
+        out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def fits_paged(cache: Tensor, num_heads: int) -> bool:
+    """Whether `attend_paged` takes a cache [N, Hkv, size, 2 * D] and that many query heads."""
+    sizes = cache.shape[3] // 2, cache.shape[2], num_heads // cache.shape[1]
+    plain = cache.dtype is torch.float32 and cache.is_cpu and cache.is_contiguous()
+    return plain and all(size <= most for size, most in zip(sizes, MAX_PAGED, strict=True))
+
+
+def _library() -> ctypes.CDLL:
+    """The kernels, compiled now if they were not before. Raises BackendError."""
     try:
         path = _library_path()
         if not path.exists():
             _compile(path)
-        kernel: Kernel = ctypes.CDLL(str(path)).kvzip_attend_ragged
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackendError(
             f"the kernel of the native backend can't be built or loaded ({reason}): "
             "install a C compiler with OpenMP (gcc), or take backend='cpu', which needs none"
         ) from error
+
+
+@lru_cache(maxsize=1)
+def load_paged_kernel() -> Kernel:
+    """The function `kvzip_attend_paged` of paged.c. Raises BackendError."""
+    kernel: Kernel = _library().kvzip_attend_paged
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    kernel.argtypes = [*[pointer] * 4, *[number] * 7, ctypes.c_float, *[pointer] * 2, number]  # type: ignore[attr-defined]
+    kernel.restype = None  # type: ignore[attr-defined]
+    return kernel
+
+
+@lru_cache(maxsize=1)
+def load_kernel() -> Kernel:
+    """The function `kvzip_attend_ragged` of ragged.c. Raises BackendError."""
+    kernel: Kernel = _library().kvzip_attend_ragged
     pointer, number = ctypes.c_void_p, ctypes.c_int
     kernel.argtypes = [  # type: ignore[attr-defined]
         *[pointer] * 2,
@@ -213,10 +257,12 @@ def _compile(path: Path) -> None:
         raise OSError("no C compiler was found")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        code, library = Path(folder) / "ragged.o", Path(folder) / "ragged.so"
-        _run([compiler, *FLAGS, "-c", str(Path(__file__).parent / "ragged.c"), "-o", str(code)])
+        library, codes = Path(folder) / "kernels.so", []
+        for source in (name for name in SOURCES if name.endswith(".c")):
+            codes.append(str(Path(folder) / f"{source}.o"))
+            _run([compiler, *FLAGS, "-c", str(Path(__file__).parent / source), "-o", codes[-1]])
         # The OpenMP functions are left to the runtime that torch has loaded: two pools would fight for the cores.
-        _run([compiler, "-shared", str(code), "-o", str(library)])
+        _run([compiler, "-shared", *codes, "-o", str(library)])
         os.replace(library, path)
 
 

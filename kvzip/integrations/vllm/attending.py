@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvzip.backends import Backend
+from kvzip.backends.native import NativeBackend, attend_paged, fits_paged
 from kvzip.context import RaggedLayer
+from kvzip.integrations.vllm.paged import BlockLayout
 from kvzip.integrations.vllm.plan import Asked, Decoded, Plan, Tail
 from kvzip.ops.attention import merge
 from kvzip.ops.rope import turn
-
-Reader = Callable[[Tensor], tuple[Tensor, Tensor]]  # blocks [R, n] -> keys, values [R, Hkv, n * block_size, D]
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,37 @@ class LayerRule:
     sin: Tensor
 
 
+@dataclass(frozen=True)
+class Paged:
+    """vLLM's cache of one layer [N, Hkv, block_size, 2 * D], and how blocks lie in it."""
+
+    cache: Tensor
+    layout: BlockLayout
+
+    def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, Hkv, n * block_size, D] of blocks [R, n]; copies."""
+        return self.layout.read(self.cache, blocks)
+
+    def fits(self, rule: LayerRule, num_heads: int) -> bool:
+        """Whether the compiled kernel reads it as it lies."""
+        return isinstance(rule.backend, NativeBackend) and self.layout.is_plain and fits_paged(self.cache, num_heads)
+
+
 def attend_asked(
-    rule: LayerRule, query: Tensor, plan: Plan, contexts: Mapping[str, RaggedLayer], read: Reader, output: Tensor
+    rule: LayerRule, query: Tensor, plan: Plan, contexts: Mapping[str, RaggedLayer], paged: Paged, output: Tensor
 ) -> None:
     """Fill the rows of `output` [T, Hq, D] whose tokens stand behind a context.
 
-    query: [T, Hq, D] of the whole batch, rotated as vLLM does.  contexts: this layer of each, by key.  read: reads the
-    tails.
+    query: [T, Hq, D] of the whole batch, rotated as vLLM does.  contexts: this layer of each, by key.  paged: where
+    the tails are.
     """
     found = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     if plan.decoded is not None:
-        part = _attend_decoded(rule, query, plan.decoded, read)
+        part = _attend_decoded(rule, query, plan.decoded, paged)
         found[plan.decoded.tokens], lse[plan.decoded.tokens] = part
     for tail in plan.longer:
-        found[tail.tokens], lse[tail.tokens] = _attend_longer(rule, query, tail, read)
+        found[tail.tokens], lse[tail.tokens] = _attend_longer(rule, query, tail, paged)
     for key, asked in plan.asked.items():
         rows = query[asked.tokens]
         before, before_lse = _attend_context(rule, rows, asked, contexts[key])
@@ -54,22 +70,23 @@ def attend_asked(
         output[asked.tokens] = joined
 
 
-def _attend_decoded(rule: LayerRule, query: Tensor, decoded: Decoded, read: Reader) -> tuple[Tensor, Tensor]:
+def _attend_decoded(rule: LayerRule, query: Tensor, decoded: Decoded, paged: Paged) -> tuple[Tensor, Tensor]:
     """The one new token of each of R requests over its tail: ([R, Hq, D], [R, Hq])."""
-    keys, values = read(decoded.blocks)
+    rows = query[decoded.tokens]
+    if paged.fits(rule, query.shape[1]):
+        return attend_paged(rows, paged.cache, decoded.blocks, decoded.lengths, scale=rule.scale, window=rule.window)
+    keys, values = paged.read(decoded.blocks)
     places, lengths = torch.arange(keys.shape[2]), decoded.lengths.unsqueeze(1)
     mask = places < lengths
     if rule.window is not None:
         mask &= places >= lengths - rule.window
-    out, lse = rule.backend.attend(
-        query[decoded.tokens].unsqueeze(2), keys, values, scale=rule.scale, mask=mask[:, None, None]
-    )
+    out, lse = rule.backend.attend(rows.unsqueeze(2), keys, values, scale=rule.scale, mask=mask[:, None, None])
     return out.squeeze(2), lse.squeeze(2)
 
 
-def _attend_longer(rule: LayerRule, query: Tensor, tail: Tail, read: Reader) -> tuple[Tensor, Tensor]:
+def _attend_longer(rule: LayerRule, query: Tensor, tail: Tail, paged: Paged) -> tuple[Tensor, Tensor]:
     """The new tokens of one request over its tail: ([T, Hq, D], [T, Hq])."""
-    keys, values = (rows[:, :, : tail.length] for rows in read(tail.blocks.long().unsqueeze(0)))
+    keys, values = (rows[:, :, : tail.length] for rows in paged.read(tail.blocks.long().unsqueeze(0)))
     rows = query[tail.tokens].transpose(0, 1).unsqueeze(0)
     if tail.first == 0 and (rule.window is None or tail.length <= rule.window):
         out, lse = rule.backend.attend(rows, keys, values, scale=rule.scale, is_causal=True)

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from kvzip.backends import get_backend
 from kvzip.context import RaggedLayer
-from kvzip.integrations.vllm.attending import LayerRule, attend_asked
+from kvzip.integrations.vllm.attending import LayerRule, Paged, attend_asked
 from kvzip.integrations.vllm.paged import BlockLayout, learn_layout
 from kvzip.integrations.vllm.plan import Plan, make_plan, once
 from kvzip.integrations.vllm.working import Working
@@ -73,11 +73,8 @@ class KVZipCPUImpl(CPUAttentionBackendImpl):
             output.view(query.shape)[plan.plain_tokens] = found
         if self.layout is None:
             self.layout = self._learn(layer, kv_cache)
-        layout, number = self.layout, self.number
-        contexts = {key: self.working.contexts[key][number] for key in plan.asked}
-        attend_asked(
-            self.rule, query, plan, contexts, lambda blocks: layout.read(kv_cache, blocks), output.view(query.shape)
-        )
+        contexts = {key: self.working.contexts[key][self.number] for key in plan.asked}
+        attend_asked(self.rule, query, plan, contexts, Paged(kv_cache, self.layout), output.view(query.shape))
         return output
 
     def _learn(self, layer: Any, kv_cache: Tensor) -> BlockLayout:

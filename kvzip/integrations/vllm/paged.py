@@ -25,6 +25,11 @@ class BlockLayout:
     keys: Tensor | str
     values: Tensor | str
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is that of `kvzip.backends.native.attend_paged`."""
+        return self.keys == "columns" and self.values == "rows"
+
     def read(self, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [R, H, n * block_size, D] of blocks [R, n] of a cache [N, H, block_size, 2 * D]; copies."""
         size, dim = cache.shape[2], cache.shape[3] // 2
