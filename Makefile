@@ -96,6 +96,8 @@ bench-serve: venv-vllm ## Measure contexts on vLLM against plain prompts; nothin
 	set -e; for model in $(BENCH_MODELS); do \
 	  $(VENV_VLLM)/bin/kvzip bench serve -m $$model --context-len 2000 --text $(BENCH_TEXT) \
 	    --runs $(BENCH_RUNS) --json $(RESULTS)/serve-$$model-2000.json; \
+	  $(VENV_VLLM)/bin/kvzip bench served -m $$model --context-len 900 --texts 4 --text $(BENCH_TEXT) \
+	    --json $(RESULTS)/served-$$model-900.json; \
 	done
 
 parity: venv ## Compare scores, kept pairs and answers with those of kvpress, in the same .venv-kvpress

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
@@ -21,6 +22,7 @@ from kvzip.bench.refit import bench_refit
 from kvzip.bench.replay import bench_replay
 from kvzip.bench.report import load_results, results_page
 from kvzip.bench.sections import SECTIONS
+from kvzip.bench.served import truncated_kl
 from kvzip.bench.synthetic import head_counts, random_context
 from kvzip.errors import InputError
 
@@ -149,3 +151,15 @@ def test_a_random_context_has_the_shape_that_it_says(tiny: kvzip.LLM) -> None:
 def test_a_command_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/kvzip", "bench", "open", "--text", "/data/a.json"])
     assert measure._command() == "kvzip bench open --text a.json"
+
+
+def test_a_divergence_over_some_tokens_is_no_more_than_the_whole() -> None:
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        full, other = (torch.randn(40, generator=rng).mul(2).log_softmax(0) for _ in range(2))
+        whole = float((full.exp() * (full - other)).sum())
+        every, theirs = dict(enumerate(full.tolist())), dict(enumerate(other.tolist()))
+        assert truncated_kl(every, theirs) == pytest.approx(whole, abs=1e-5)
+        some = dict(sorted(every.items(), key=lambda item: -item[1])[:8])
+        assert 0 <= truncated_kl(some, theirs) <= whole + 1e-6
+        assert truncated_kl(some, every) == pytest.approx(0, abs=1e-6)

@@ -38,7 +38,7 @@ def bench_certificate(llm: LLM, context_len: int, num_texts: int, text_path: str
     `bound_holds`, 1 where the true one is below the bound, else 0; `cost_over_prefill`, of both passes, by the clock.
     Raises InputError for a file with too few texts.
     """
-    rows = [row for sample in _samples(llm, context_len, num_texts, text_path) for row in _measure(llm, sample)]
+    rows = [row for sample in samples_of(llm, context_len, num_texts, text_path) for row in _measure(llm, sample)]
     plain = [row for row in rows if row["method"] == "kvzip"]
     of_text = [[row for row in rows if row["text"] == text] for text in dict.fromkeys(row["text"] for row in rows)]
     figures = {
@@ -57,7 +57,7 @@ def bench_certificate(llm: LLM, context_len: int, num_texts: int, text_path: str
     return report("certificate", llm, context_len, KEEP_RATIOS[0], text_path, figures, texts=num_texts, rows=rows)
 
 
-def _samples(llm: LLM, context_len: int, num_texts: int, text_path: str) -> list[Sample]:
+def samples_of(llm: LLM, context_len: int, num_texts: int, text_path: str) -> list[Sample]:
     """Texts of the file, evenly spread over it, none much shorter than the others."""
 
     def count(text: str) -> int:

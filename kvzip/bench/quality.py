@@ -163,6 +163,27 @@ def certificate(results: list[Result]) -> str:
     )
 
 
+def served(results: list[Result]) -> str:
+    """Answers through vLLM."""
+    head = ["model", "tokens", "texts", "kept", "KL", "gold answer in it", "the plain prompt's answer"]
+    rows = []
+    for r in results:
+        about = [*subject(r), str(r["texts"])]
+        rows.append([*about, "all (plain prompt)", "-", share(r, "full_right"), "-"])
+        for way in (name.removesuffix("_kl") for name in r["figures"] if name.endswith("_kl")):
+            cells = mean(r, f"{way}_kl"), share(r, f"{way}_right"), share(r, f"{way}_same")
+            rows.append([*about, way.replace("-", " "), *cells])
+    return section(
+        "Answers through vLLM",
+        "Questions of SQuAD texts to contexts in a store and to the text as a plain prompt, on one engine. Ragged: "
+        "each head has its own count. Portable: one count in all heads, for stock attention backends. KL: of the plain "
+        "prompt from the context, in nats a token of the plain prompt's answer, over its 50 likeliest tokens and all "
+        "others as one, with its standard error over the questions.",
+        head,
+        rows,
+    )
+
+
 def refit(results: list[Result]) -> str:
     """Mending against the replay."""
     head = ["model", "tokens", "keep ratio", "replay", "packing", "with refit", "refit / replay", "into codes / replay"]

@@ -263,5 +263,6 @@ SECTIONS: dict[str, Callable[[list[Result]], str]] = {
     "open": open_,
     "memory": memory,
     "serve": serve,
+    "served": quality.served,
     "scale": scale,
 }

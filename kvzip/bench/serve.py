@@ -77,9 +77,13 @@ def _make_store(
     return Texts(folder, prompts, asked)
 
 
+def _folder(hf: LLM) -> str:
+    return str(hf.model.config.name_or_path)
+
+
 def _engine(hf: LLM, texts: Texts, **options: Any) -> AbstractContextManager[Any]:
     transfer = transfer_config(texts.store)
-    return engine(hf.model.config.name_or_path, kv_transfer_config=transfer, **OPTIONS, **options)
+    return engine(_folder(hf), kv_transfer_config=transfer, dtype=hf.dtype_name, **OPTIONS, **options)
 
 
 def _ask(llm: Any, texts: Texts, names: Sequence[str], count: int, num_new: int, is_plain: bool) -> None:
@@ -90,9 +94,7 @@ def _ask(llm: Any, texts: Texts, names: Sequence[str], count: int, num_new: int,
 def _with_room(hf: LLM, texts: Texts, num_runs: int) -> dict[str, list[float]]:
     """Memory, first tokens and decoding in a pool that holds everything."""
     longest = max(map(len, texts.prompts.values())) + max(map(len, texts.asked)) + NUM_DECODED + BLOCK
-    with engine(
-        hf.model.config.name_or_path, kv_transfer_config=transfer_config(texts.store), max_model_len=longest, **OPTIONS
-    ) as llm:
+    with _engine(hf, texts, max_model_len=longest) as llm:
         num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         blocks = {}
         for is_plain in (True, False):
@@ -171,7 +173,7 @@ def _beside_stock(hf: LLM, texts: Texts, num_runs: int) -> dict[str, list[float]
     longest = len(texts.prompts["once"]) + max(map(len, texts.asked)) + NUM_DECODED
     with _engine(hf, texts, max_model_len=longest) as ours:
         with _without_plugins():
-            stock = engine(hf.model.config.name_or_path, max_model_len=longest, **OPTIONS)
+            stock = engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS)
             other = stock.__enter__()
         try:
             samples = paired(

@@ -156,6 +156,21 @@ def serve(
 
 
 @app.command(cls=Command, epilog=EPILOG)
+def served(
+    model: Model,
+    text: Annotated[str, typer.Option("--text", metavar="FILE.json", help="SQuAD JSON: texts and their questions.")],
+    context_len: ContextLen = 900,
+    texts: Annotated[int, typer.Option("--texts", metavar="N", min=1, help="How many texts of that length.")] = 4,
+    threads: Threads = None, json_file: JsonFile = None, dtype: DType = "auto", device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Answers through vLLM: contexts, portable contexts and the text itself. Needs kvzip[vllm]."""
+    from kvzip.bench.served import bench_served
+
+    _run(bench_served, (context_len, texts, text), model, dtype, device, threads, json_file, quiet)
+
+
+@app.command(cls=Command, epilog=EPILOG)
 def scale(
     context_len: Annotated[
         list[int] | None, typer.Option("--context-len", metavar="N", help="Tokens; give it again for more lengths.")
