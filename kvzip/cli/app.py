@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvzip._version import __version__
-from kvzip.cli import ask, bench, calibrate, chat, compress, demo, distill, eval, inspect, methods, models
+from kvzip.cli import ask, bench, calibrate, chat, compress, demo, distill, eval, inspect, methods, models, serve
 from kvzip.cli.border import Command
 from kvzip.cli.options import examples
 
@@ -30,6 +30,7 @@ app.command(cls=Command, epilog=compress.EPILOG)(compress.compress)
 app.command(cls=Command, epilog=ask.EPILOG)(ask.ask)
 app.command(cls=Command, epilog=chat.EPILOG)(chat.chat)
 app.command(cls=Command, epilog=inspect.EPILOG)(inspect.inspect)
+app.command(cls=Command, epilog=serve.EPILOG)(serve.serve)
 app.command(cls=Command, epilog=methods.EPILOG)(methods.methods)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")
