@@ -15,6 +15,7 @@ import pytest
 from random_context import INFO, Shape, random_context
 from tiny import tiny_model, tiny_tokenizer
 
+import kvzip
 from kvzip import store
 from kvzip.hf.described import describe
 from kvzip.integrations.vllm import extra_body, middleware, request
@@ -26,7 +27,7 @@ LIMIT = 1 << 20
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """What vLLM's application knows of itself, with a store of `good`, `large`, `shared`, `cut` and `other`."""
+    """What vLLM's application knows of itself, with a store of `good`, `large`, `fetched`, `cut` and `other`."""
     model, folder = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("store")
     tiny_model("llama").save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
@@ -35,6 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     store.write(folder / "good.kvz", replace(good, info=info))
     store.write(folder / "other.kvz", good)
     store.write(folder / "large.kvz", replace(random_context(Shape(context_len=9000))[0], info=info))
+    kvzip.load(model).compress(200 * "Norland. ", method="clusterkv").save(folder / "fetched.kvz")
     (folder / "cut.kvz").write_bytes((folder / "good.kvz").read_bytes()[:100])
     return application(model, folder)
 
@@ -201,6 +203,7 @@ def test_a_client_that_leaves(served: SimpleNamespace) -> None:
         ({**chat("Who?"), "kv_transfer_params": {"kvzip": None}}, 400, "NoneType, expected a string"),
         (chat("Who?", context="other"), 400, "was made with 'tiny'"),
         (chat("Who?", context="cut"), 400, "can't use context 'cut': it is cut short"),
+        (chat("Who?", context="fetched"), 400, "has clusters whose pairs are fetched: ask it with `kvzip ask`"),
         (chat("Who?", context="large"), 400, "don't fit"),
         (chat("Who?", echo=True), 400, "echo"),
         (chat("Who?", prompt_logprobs=0), 400, "prompt_logprobs"),

@@ -31,10 +31,10 @@ psutil = pytest.importorskip("psutil")
 pytestmark = pytest.mark.real
 
 MODEL, KEY = "smollm2-135m", "YOUR_KEY"  # the key as the printed usage has it, so that it can be run as it is
-NEW_TOKENS, CONTEXT_LEN = 16, 400
+NEW_TOKENS, CONTEXT_LEN, MAX_MODEL_LEN = 12, 300, 2048
 START_S = 600
 ROOT = Path(kvzip.__file__).parents[1]
-FLAGS = ("--enforce-eager", "--max-model-len", "2048", "--api-key", KEY)
+FLAGS = ("--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN), "--api-key", KEY)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Made:
     folder: Path
     asked: dict[str, list[Asked]]
     plain: list[int]  # to PLAIN, without a context
+    too_long: str  # as a prompt it fits, behind a context with its handle it does not
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.kvz"
@@ -72,12 +73,20 @@ def made(tmp_path_factory: pytest.TempPathFactory, articles: list[dict]) -> Made
         questions = [question for question, _ in article["questions"][: 4 if name != "c" else 1]]
         answers = [context.ask(question, max_new_tokens=NEW_TOKENS) for question in questions]
         asked[name] = [Asked(name, q, list(a.token_ids), str(a)) for q, a in zip(questions, answers, strict=True)]
-    ids = llm.tokenizer.apply_chat_template(
-        [{"role": "user", "content": PLAIN}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).input_ids
+    ids = chat_ids(llm, PLAIN)
     with torch.inference_mode():
         out = llm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
-    return Made(folder, asked, out[0, ids.shape[1] :].tolist())
+    num_words = MAX_MODEL_LEN - 2 - chat_ids(llm, "").shape[1]
+    too_long = " ".join(num_words * ["word"])
+    assert chat_ids(llm, too_long).shape[1] == MAX_MODEL_LEN - 2
+    return Made(folder, asked, out[0, ids.shape[1] :].tolist(), too_long)
+
+
+def chat_ids(llm: kvzip.LLM, content: str) -> torch.Tensor:
+    """[1, T], as vLLM renders it."""
+    messages = [{"role": "user", "content": content}]
+    text = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return torch.tensor([llm.prompts.template_ids(text)])
 
 
 @dataclass
@@ -243,7 +252,7 @@ def test_each_refusal_has_its_reason_and_good_requests_stay_right(server: Server
         refused(server, 400, "echo", body={"echo": True}),
         refused(server, 400, "prompt_logprobs", body={"prompt_logprobs": 1}),
         refused(server, 400, "leave out the system message", messages=[{"role": "system", "content": "Be brief."}]),
-        refused(server, 400, "don't fit", messages=[{"role": "user", "content": "word " * 1970}], max_tokens=60),
+        refused(server, 400, "don't fit", messages=[{"role": "user", "content": made.too_long}], max_tokens=1),
         refused(server, 500, "Internal server error", context="damaged"),  # what only the engine finds; the log has why
     ]
     jobs = made.asked["a"][:2] + made.asked["b"][:2]
