@@ -185,6 +185,11 @@ def test_what_can_not_be_rendered_here_is_left_to_the_engine(served: SimpleNames
         served.state.args.chat_template = None
 
 
+def test_what_a_tokenizer_can_not_take_is_left_to_vllm(served: SimpleNamespace) -> None:
+    assert passes(served, {"prompt": "\ud83d", **extra_body("good", "question")}, COMPLETION)
+    assert refusal_of(served, chat("Who?", context="\ud83d"))["code"] == 404
+
+
 def test_a_very_long_body_passes(served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "MAX_NBYTES", 1000)
     assert passes(served, chat(4000 * "x", context="none"))

@@ -28,8 +28,6 @@ CHANGES_PROMPT = ("tools", "documents", "chat_template", "chat_template_kwargs",
 
 def named_context(body: bytes) -> dict[str, Any] | None:
     """The request, where its JSON names a context; None for anything else, which is not ours to judge."""
-    if PARAMETER.encode() not in body:
-        return None
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):

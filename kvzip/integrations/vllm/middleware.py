@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 from kvzip.integrations.vllm import PARAMETER
 from kvzip.integrations.vllm.checking import Checks, make_checks, named_context
 from kvzip.integrations.vllm.library import MissingContext, RefusedRequest
+from kvzip.store.refusal import one_line
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -19,6 +21,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+logger = logging.getLogger(__name__)
 MAX_NBYTES = 16 << 20  # of a body that is looked at
 
 
@@ -40,7 +43,8 @@ class CheckContexts:
         if not is_looked_at(scope):
             await self.app(scope, receive, send)
             return
-        await asyncio.to_thread(self.prepare, scope["app"])
+        if self._checks is None:
+            await asyncio.to_thread(self.prepare, scope["app"])
         assert self._guarded is not None
         await self._guarded(scope, receive, send)
 
@@ -55,17 +59,23 @@ class CheckContexts:
 
     async def _checked(self, scope: Message, receive: Receive, send: Send) -> None:
         messages, body = await read_body(receive)
-        request = None if body is None else named_context(body)
-        refusal = None if request is None else await asyncio.to_thread(self._refusal, request)
+        may_name = body if body is not None and PARAMETER.encode() in body else None
+        refusal = await asyncio.to_thread(self._refusal, may_name) if may_name else None
         answer = self.app if refusal is None else answering(refusal)
         await answer(scope, replaying(messages, receive), send)
 
-    def _refusal(self, request: dict[str, Any]) -> RefusedRequest | None:
+    def _refusal(self, body: bytes) -> RefusedRequest | None:
         assert self._checks is not None
+        request = named_context(body)
+        if request is None:
+            return None
         try:
-            self._checks.check(request)
+            with self._lock:  # a tokenizer is not made for several threads
+                self._checks.check(request)
         except RefusedRequest as refusal:
             return refusal
+        except Exception as error:  # as of a tokenizer that is given half a character: for vLLM to answer
+            logger.warning("a request could not be checked: %s", one_line(error))
         return None
 
 
