@@ -11,6 +11,8 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -220,6 +222,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """None is ignored, as they are where tests run in the background; all are as before in the end."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in processes.SIGNALS}
+    try:
+        yield
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_DFL}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Watched:
     """Runs a stand-in; `when_ready` notes its process group and may send a signal to this process."""
 
@@ -233,7 +247,7 @@ class Watched:
             self.group = process.pid
             return process
 
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, default_signals():
             patch.setattr(processes.subprocess, "Popen", started)
             patch.setattr(processes, "LEFT_GRACE_S", 0.5)
             self.code = processes.run(words, f"http://127.0.0.1:{self.port}", self.when_ready, grace_s=grace_s)
@@ -250,10 +264,8 @@ class Watched:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_server_and_what_it_started(number: int, code: int) -> None:
-    before = signal.getsignal(number)
     done = Watched(signals=(number,))
     assert done.was_ready and done.code == code and done.is_gone()
-    assert signal.getsignal(number) is before
 
 
 def test_a_server_that_does_not_listen_is_killed() -> None:

@@ -23,6 +23,7 @@ from conftest import load_real
 
 import kvzip
 from kvzip.integrations.vllm import extra_body
+from kvzip.integrations.vllm.serve import check_port
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 openai = pytest.importorskip("openai")
@@ -375,5 +376,4 @@ def test_nothing_is_left_when_it_is_told_to_stop(server: Server) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=60) == 143
     assert not alive(server)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", server.port))
+    check_port("127.0.0.1", server.port)
