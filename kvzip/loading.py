@@ -42,7 +42,7 @@ def load(
     """
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
-    folder = _resolve(name_or_path, progress)
+    folder = resolve(name_or_path, progress)
     logger.info("loading %s as %s on %s", name_or_path, chosen_dtype, chosen_device)
     tokenizer, model = _from_pretrained(folder, chosen_dtype, from_pretrained)
     if "device_map" not in from_pretrained:
@@ -90,8 +90,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     raise InputError(f"dtype {dtype!r} can't be used: give auto, {', '.join(DTYPES)}")
 
 
-def _resolve(name_or_path: str | Path, progress: Progress) -> str:
-    """A folder or hub id that `from_pretrained` takes."""
+def resolve(name_or_path: str | Path, progress: Progress = silent) -> str:
+    """A folder or hub id that `from_pretrained` takes; models of the catalogue are fetched. Raises as `load` does."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name in CATALOGUE:
         return str(ensure_model(name, progress=progress))

@@ -29,7 +29,7 @@ def test_help_is_quick_and_light(tmp_path):
     used = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
     assert done.returncode == 0
     assert used < 0.4, f"{used:.2f} s of processor time"
-    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate", "distill"):
+    for name in ("demo", "compress", "ask", "chat", "inspect", "methods", "models", "serve", "calibrate", "distill"):
         assert re.search(rf"^  {name} .*\.$", done.stdout, re.MULTILINE), name  # with its whole line of help
 
 
@@ -51,7 +51,7 @@ def test_version(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "calibrate", "distill"]
+    "name", ["demo", "compress", "ask", "chat", "inspect", "methods", "models", "serve", "calibrate", "distill"]
 )
 def test_every_command_shows_examples(name, tmp_path):
     done = run(name, "--help", cwd=tmp_path)

@@ -76,7 +76,8 @@ FINGERPRINT = "TinyForCausalLM:0123456789abcdef01234567"
 
 
 def scheduling(folder: Path, limit: int = 1 << 20, workers: int = 1) -> Any:
-    from kvzip.integrations.vllm.scheduling import Contexts, Room, Scheduling
+    from kvzip.integrations.vllm.room import Room
+    from kvzip.integrations.vllm.scheduling import Contexts, Scheduling
 
     questions = Questions(Prompts(tiny_tokenizer()))
     return Scheduling(
@@ -235,7 +236,7 @@ def test_an_answer_without_a_limit_gets_what_fits(folder: Path) -> None:
     request = asks("a", max_tokens=MAX_LEN - 3)  # as vLLM fills it in
     side.arrived(request)
     assert request.max_tokens == MAX_LEN - BLOCK - 3
-    from kvzip.integrations.vllm.scheduling import Room
+    from kvzip.integrations.vllm.room import Room
 
     entry = Entry("a", Path("a"), "k", 90, 1)
     assert Room(BLOCK, MAX_LEN, MAX_POSITIONS).max_new_tokens(entry, 3, MAX_LEN, 3) == 7  # true positions
@@ -269,7 +270,7 @@ def test_the_body_of_a_request() -> None:
     body = request_body("treaty", "Who?", model="m", stream=True)
     assert body["kv_transfer_params"] == {"kvzip": "treaty"} and body["messages"][0]["content"] == "Who?"
     assert body["model"] == "m" and body["stream"]
-    assert request_body(Path("/x/treaty.kvz").absolute(), "Who?")["kv_transfer_params"] == {"kvzip": "treaty.kvz"}
+    assert request_body(Path("/x/treaty.kvz").absolute(), "Who?")["kv_transfer_params"] == {"kvzip": "treaty"}
 
 
 def test_slots_of_a_portable_context_go_to_their_places() -> None:

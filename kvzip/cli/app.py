@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from kvzip._version import __version__
-from kvzip.cli import ask, bench, calibrate, chat, compress, demo, distill, eval, export, inspect, methods, models
+from kvzip.cli import (
+    ask,
+    bench,
+    calibrate,
+    chat,
+    compress,
+    demo,
+    distill,
+    eval,
+    export,
+    inspect,
+    methods,
+    models,
+    serve,
+)
 from kvzip.cli.border import Command
 from kvzip.cli.options import examples
 
@@ -31,6 +45,7 @@ app.command(cls=Command, epilog=ask.EPILOG)(ask.ask)
 app.command(cls=Command, epilog=chat.EPILOG)(chat.chat)
 app.command(cls=Command, epilog=inspect.EPILOG)(inspect.inspect)
 app.command(cls=Command, epilog=export.EPILOG)(export.export)
+app.command(cls=Command, epilog=serve.EPILOG)(serve.serve)
 app.command(cls=Command, epilog=methods.EPILOG)(methods.methods)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

@@ -43,12 +43,15 @@ class Described:
             return fingerprint(self.model, self.tokenizer, ((n, weights.find(n)) for n in _names(self.model)))
 
 
-def describe(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Described:
+def describe(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False, fetch: bool = False
+) -> Described:
     """Read config and tokenizer of a folder, or of a hub id whose files are in the hub's cache already.
 
+    fetch: bring a hub id's files there first, the weights too.
     Raises ModelError for files that are not there or can't be used, or rotary frequencies that depend on the length.
     """
-    folder = _folder(name_or_path, revision)
+    folder = _folder(name_or_path, revision, fetch)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -68,16 +71,19 @@ def describe(name_or_path: str, *, revision: str | None = None, trust_remote_cod
     return Described(folder, tokenizer, limit, tuple(freq for freq in found if freq is not None), model)
 
 
-def _folder(name_or_path: str, revision: str | None) -> Path:
+def _folder(name_or_path: str, revision: str | None, fetch: bool) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
         return Path(
-            snapshot_download(name_or_path, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True)
+            snapshot_download(
+                name_or_path, revision=revision, allow_patterns=list(PATTERNS), local_files_only=not fetch
+            )
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the files of {name_or_path!r} are not in the hub's cache ({type(error).__name__}): give a model folder"
+            f"the files of {name_or_path!r} are not in the hub's cache{' and can not be fetched' if fetch else ''} "
+            f"({type(error).__name__}): give a model folder"
         ) from error
 
 

@@ -39,7 +39,8 @@ def test_portable_contexts_on_the_stock_backend(
     """One count in all heads, in the paged cache itself: no backend of ours is needed."""
     hf = load_real(name)
     text = hf.tokenizer.decode(hf.tokenize(articles[0]["text"])[:900])
-    context = hf.compress(text, keep_ratio=0.65, method="kvzip+uniform", certify=False)
+    num_layers, num_heads = hf.geometry.full_shape
+    context = hf.compress(text, budget=num_layers * num_heads * 680, method="kvzip+uniform", certify=False)
     context.export(tmp_path / "p.kvp", certify=False)
     questions = [ask_reference(context, "p", q) for q, _ in articles[0]["questions"][:3]]
     context.save(tmp_path / "ragged.kvz")
@@ -108,11 +109,9 @@ def test_sliding_windows(tmp_path: Path, articles: list[dict]) -> None:
         for length in (17, 497, 706)
     ]
     with engine(SLIDING, tmp_path) as llm:
-        both = [*case.questions["a"], *case.questions["b"]]
+        both = [*case.questions["a"][:2], *case.questions["b"][:2]]
         check(ask(llm, both), both)
-        check(ask(llm, both[::3]), both[::3])
         check(ask(llm, long), long)
-        for question in long:
-            check(ask(llm, [question]), [question])
+        check(ask(llm, long[1:2]), long[1:2])  # warm; it leaves the window while it answers
     with engine(SLIDING, tmp_path, max_num_batched_tokens=64) as llm:
         check(ask(llm, long[1:]), long[1:])

