@@ -43,7 +43,7 @@ def too_large(name: str, nbytes: int, limit: int) -> str:
 class Entry:
     """A context of the store, by its header.
 
-    name: as requests may say it.  path: the file.  key: sha256 of its contents, which is what it is known by: a file that
+    name: as requests say it.  path: the file.  key: sha256 of its contents, which is what it is known by: a file that
     was replaced is another context.  logical_len: positions that prefix and context take.  nbytes: of its pairs.
     num_slots: tokens that it takes in the paged cache, of a portable file; None = a handle stands for it.
     """
