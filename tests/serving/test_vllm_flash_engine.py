@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-TEXT = (HERE.parent / "kvzip" / "data" / "lighthouse.txt").read_text(encoding="utf-8")[:3000]
+ROOT = HERE.parents[1]
+TEXT = (ROOT / "kvzip" / "data" / "lighthouse.txt").read_text(encoding="utf-8")[:3000]
 QUESTIONS = ["Who built the lighthouse?", "What is the name of the keeper?"]
 MODEL, NUM_TOKENS = "smollm2-135m", 16  # of a step: prompts come in chunks, beside rows that decode
 METHODS = {"plain": "kvzip", "refit": "kvzip+refit"}
@@ -35,7 +36,7 @@ def test_answers_are_those_of_kvzip(tmp_path: Path) -> None:
         wanted += [context.ask(question, max_new_tokens=16) for question in QUESTIONS]
         requests += [{"context": name, "prompt": question, "max_tokens": 16} for question in QUESTIONS]
     requests.insert(1, {"context": None, "prompt": "The capital of France is", "max_tokens": 16})
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     added = {"PYTHONPATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
     done = subprocess.run(
         [
