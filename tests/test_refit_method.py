@@ -18,7 +18,7 @@ from kvzip.backends.reference import ReferenceBackend
 from kvzip.errors import UnknownNameError
 from kvzip.methods import parse_method
 from kvzip.ops.attention import attend
-from kvzip.ops.refit import HELD_OUT, Block, refit
+from kvzip.ops.refit import HELD_OUT, Block, refit, with_mass
 from kvzip.ops.rope import shift_keys
 from kvzip.replayed import ReplayedQueries, equal_parts
 from kvzip.scorers import SCORERS
@@ -73,9 +73,10 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
             heads = slice(head * groups, (head + 1) * groups)
             attention = (capped - lse[heads].flatten().unsqueeze(1)).exp()
             block, own = attention[:, full.prefix_ids.numel() :], values[head, full.prefix_ids.numel() :]
-            rest = shown.outputs[heads].float().flatten(0, 1) - block @ own
-            taken = Block(block[:, kept], block.sum(1), block @ own, 1 - block.sum(1), rest)
-            expected = refit(taken, own[kept], held_out) if kept.any() else None
+            took = block @ with_mass(own)
+            beside = with_mass(shown.outputs[heads].float().flatten(0, 1)) - took
+            fitted, judge = (Block(block[part][:, kept], took[part], beside[part]) for part in (~held_out, held_out))
+            expected = refit(fitted, judge, own[kept]) if kept.any() else None
             start = layer.offsets[head] + full.prefix_ids.numel()
             pairs = slice(start, layer.offsets[head + 1])
             before = slice(layer.offsets[head], start)
@@ -84,9 +85,10 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
                 assert torch.equal(layer.values[pairs], plain.layers[index].values[pairs])
             else:
                 changed += 1
-                weighted, wanted = (block[:, kept] * w for w in (layer.bias[pairs].exp(), expected.weights))
+                bias = layer.bias[pairs].float()
+                weighted, wanted = (block[:, kept] * w for w in (bias.exp(), expected.weights))
                 # single pairs are less sure, near bounds above all, than what they add
-                torch.testing.assert_close(layer.bias[pairs], expected.weights.log(), atol=5e-2, rtol=2e-2)
+                torch.testing.assert_close(bias, expected.weights.log(), atol=5e-2, rtol=2e-2)
                 torch.testing.assert_close(weighted.sum(1), wanted.sum(1), atol=1e-3, rtol=1e-3)
                 torch.testing.assert_close(
                     weighted @ layer.values[pairs], wanted @ expected.values, atol=1e-3, rtol=1e-3

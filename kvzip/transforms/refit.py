@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
 from kvzip.ops.attention import soft_capped
-from kvzip.ops.refit import HELD_OUT, Block, refit
+from kvzip.ops.refit import HELD_OUT, Block, refit, with_mass
 from kvzip.replayed import LayerQueries
 from kvzip.transforms.base import BaseTransform, Evicted
+
+OTHERS = 2  # of queries that repeat a block, one of those that don't is taken for so many
 
 
 class Refit(BaseTransform):
@@ -27,7 +29,7 @@ class Refit(BaseTransform):
     summary = "biases and values that make up for what was evicted"
     source = "Attention Matching, arXiv 2602.16284; GRKV, arXiv 2605.31105"
     needs_queries = True
-    bias_nbytes = 4
+    bias_nbytes = 2
 
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         if bool(evicted.keep_mask.all()) and not evicted.is_rounded:
@@ -35,62 +37,93 @@ class Refit(BaseTransform):
         queries = evicted.queries
         assert queries is not None and isinstance(layer.values, Tensor)
         values, bias = layer.values.float().clone(), layer.values.new_zeros(len(layer.values), dtype=torch.float32)
-        for head in range(layer.num_kv_heads):
-            for part, block, is_held_out in _blocks(queries, evicted, layer, head):
+        for part, fitted, judge in _blocks(queries, evicted, layer):
 
-                def read_back(changed: Tensor, part: slice = part) -> Tensor:
-                    return evicted.read_back("values", changed, part)
+            def read_back(changed: Tensor, part: slice = part) -> Tensor:
+                return evicted.read_back("values", changed, part)
 
-                found = refit(block, values[part], is_held_out, read_back if evicted.is_rounded else None)
-                if found is not None:
-                    values[part], bias[part] = found.values, found.weights.log()
+            found = refit(fitted, judge, values[part], read_back if evicted.is_rounded else None)
+            if found is not None:
+                values[part], bias[part] = found.values, found.weights.log()
         if not bool(bias.any()):
             return layer
-        return replace(layer, values=values.to(layer.dtype), bias=bias)
+        return replace(layer, values=values.to(layer.dtype), bias=bias.half())
 
 
-def _blocks(
-    queries: LayerQueries, evicted: Evicted, layer: RaggedLayer, head: int
-) -> Iterator[tuple[slice, Block, Tensor]]:
-    """Of each block of a head: where its pairs stand in the layer, what queries take of them, which are held out.
+@dataclass(frozen=True)
+class Shown:
+    """The queries that a block of a layer is fitted to, the held-out ones last; R rows a KV head.
+
+    query: [Hkv, R, D], scaled.  lse: [Hkv, R].  seen: [Hkv, R, D + 1], what each put out over all that it saw, and a
+    mass of 1.  is_near: [R] 1 or 0, whether that held the block.  num_fitted: rows that are not held out.
+    """
+
+    query: Tensor
+    lse: Tensor
+    seen: Tensor
+    is_near: Tensor
+    num_fitted: int
+
+    def block(self, head: int, attention: Tensor, values: Tensor, kept: Tensor) -> tuple[Block, Block]:
+        """The block as queries see it that are fitted to, and as the held-out ones do.
+
+        attention: [R, m] to all its pairs, values: [m, D] of these.  kept: [R, n] to those that stay.
+        """
+        took = attention @ with_mass(values)
+        whole = Block(kept, took, self.seen[head] - self.is_near.unsqueeze(1) * took)
+        return whole.part(slice(self.num_fitted)), whole.part(slice(self.num_fitted, None))
+
+
+def _blocks(queries: LayerQueries, evicted: Evicted, layer: RaggedLayer) -> Iterator[tuple[slice, Block, Block]]:
+    """Of each block of each head: where its pairs stand in the layer, what the queries take of them.
 
     Blocks of which nothing is left, or that stay as they were, are skipped.
     """
-    groups = len(queries.query) // layer.num_kv_heads
-    heads = slice(head * groups, (head + 1) * groups)
-    kept_keys = evicted.read_keys(layer, head) if evicted.is_rounded else None
-    keep_mask = evicted.keep_mask[head]
+    heads = range(layer.num_kv_heads)
+    stored = [evicted.read_keys(layer, head) for head in heads] if evicted.is_rounded else None
     for number, block in enumerate(queries.blocks):
         part = slice(evicted.prefix_len + block.start, evicted.prefix_len + block.stop)
-        first, count = int(keep_mask[: part.start].sum()), int(keep_mask[part].sum())
-        if not count or (count == part.stop - part.start and not evicted.is_rounded):
-            continue
-        shown = _shown(queries, number).to(layer.device)
-        rows, outputs = (t[heads, shown].float().flatten(0, 1) for t in (queries.query, queries.outputs))
-        lse = queries.lse[heads, shown].flatten()
-        attention = _attention(rows, evicted.keys[head, part].float(), lse, queries)
-        taken = attention @ evicted.values[head, part].float()
-        if kept_keys is not None:
-            kept = _attention(rows, kept_keys[first : first + count], lse, queries)
-        else:
-            kept = attention[:, keep_mask[part]]
-        is_near = (queries.chunk_of[shown.cpu()] == queries.chunk_of[queries.block_of == number][0]).to(layer.device)
-        inside = is_near.repeat(groups).float()  # what the others saw does not hold this block
-        is_held_out = (torch.arange(len(shown), device=layer.device) % HELD_OUT == HELD_OUT - 1).repeat(groups)
-        start = layer.offsets[head] + first
-        mass = attention.sum(dim=1)
-        seen = Block(kept, mass, taken, 1 - inside * mass, outputs - inside.unsqueeze(1) * taken)
-        yield slice(start, start + count), seen, is_held_out
+        mask = evicted.keep_mask[:, part]
+        firsts, counts = evicted.keep_mask[:, : part.start].sum(1).tolist(), mask.sum(1).tolist()
+        shown = _shown(queries, number, layer)
+        for head, first, count in zip(heads, firsts, counts, strict=True):
+            if not count or (count == mask.shape[1] and stored is None):
+                continue
+            order = torch.cat([mask[head].nonzero(), (~mask[head]).nonzero()]).squeeze(1)  # what stays comes first
+            keys, values = (pairs[head, part][order].float() for pairs in (evicted.keys, evicted.values))
+            attention = _attention(shown, head, keys, queries.softcap)
+            kept = attention[:, :count]
+            if stored is not None:
+                kept = _attention(shown, head, stored[head][first : first + count], queries.softcap)
+            start = layer.offsets[head] + first
+            yield slice(start, start + count), *shown.block(head, attention, values, kept)
 
 
-def _attention(rows: Tensor, keys: Tensor, lse: Tensor, queries: LayerQueries) -> Tensor:
-    """The share of each row's attention [R, D], of all that it saw [R], that goes to each key [n, D]: [R, n]."""
-    return soft_capped((rows * queries.scale) @ keys.T, queries.softcap).sub_(lse.unsqueeze(1)).exp_()
+def _attention(shown: Shown, head: int, keys: Tensor, softcap: float | None) -> Tensor:
+    """The share of each query's attention, of all that it saw, that goes to each key [n, D] of a head: [R, n]."""
+    return soft_capped(shown.query[head] @ keys.T, softcap).sub_(shown.lse[head].unsqueeze(1)).exp_()
 
 
-def _shown(queries: LayerQueries, number: int) -> Tensor:
-    """Which queries a block is fitted to: all that repeat it, and half as many of the others, evenly spread."""
+def _shown(queries: LayerQueries, number: int, layer: RaggedLayer) -> Shown:
+    """The queries that a block is fitted to: all that repeat it, and a share of that of the others, evenly spread."""
     own, others = (found.nonzero().squeeze(1) for found in (queries.block_of == number, queries.block_of != number))
-    if len(others) > len(own) // 2:
-        others = others[torch.linspace(0, len(others) - 1, len(own) // 2).long()]
-    return torch.cat([own, others]).sort().values
+    if len(others) > len(own) // OTHERS:
+        others = others[torch.linspace(0, len(others) - 1, len(own) // OTHERS).long()]
+    chosen = torch.cat([own, others]).sort().values
+    is_held_out = torch.arange(len(chosen)) % HELD_OUT == HELD_OUT - 1
+    chosen = torch.cat([chosen[~is_held_out], chosen[is_held_out]])
+    is_near = queries.chunk_of[chosen] == queries.chunk_of[own[0]]
+    groups = len(queries.query) // layer.num_kv_heads
+
+    def rows(tensor: Tensor) -> Tensor:
+        """[Hq, T, ...] as float32 [Hkv, R, ...], the query heads of a token beside one another."""
+        found = tensor[:, chosen.to(tensor.device)].float()
+        return found.reshape(-1, groups, *found.shape[1:]).transpose(1, 2).flatten(1, 2)
+
+    return Shown(
+        query=rows(queries.query).mul_(queries.scale),
+        lse=rows(queries.lse),
+        seen=with_mass(rows(queries.outputs)),
+        is_near=is_near.repeat_interleave(groups).float().to(layer.device),
+        num_fitted=int((~is_held_out).sum()) * groups,
+    )
