@@ -28,6 +28,7 @@ FLOORS = [
         "kvzip.scorers",
         "kvzip.profilers",
         "kvzip.replayed",
+        "kvzip.selecting",
         "kvzip.transforms",
         "kvzip.fetch",
     ],

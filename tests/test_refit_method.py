@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from kvzip.ops.rope import shift_keys
 from kvzip.replayed import ReplayedQueries, equal_parts
 from kvzip.scorers import SCORERS
 from kvzip.scorers.base import BaseScorer, Observation, Observer, Shape
+from kvzip.transforms.refit import Whole
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs away from 17 angry bees. " * 5
 
@@ -235,6 +237,40 @@ def test_saved_and_opened_and_in_bytes(case: SimpleNamespace, method: str, tmp_p
     most = context.data.kv_nbytes
     within = made(case, method, budget=f"{most}B").data
     assert most - 4096 < within.kv_nbytes <= most
+
+
+def test_pursued_keys_are_as_many_of_each_head_and_packed_as_chosen(case: SimpleNamespace, tmp_path: Path) -> None:
+    scored, found = (made(case, f"kvzip+refit{keys}", keep_ratio=0.2) for keys in ("", ":keys=pursued"))
+    assert found.data.pairs_per_head == scored.data.pairs_per_head
+    assert not torch.equal(found.data.keep_mask, scored.data.keep_mask)
+    full = case.prefilled._full
+    for number, index in enumerate(found.data.full_layers):
+        keys = full.cache.layers[index].read(slice(0, full.length))[0][0]
+        mask = full._with_prefix(found.data.keep_mask[number])
+        assert torch.equal(found.data.layers[index].keys, shift_keys(keys[mask], full._inv_freq(index), -full.length))
+    found.save(tmp_path / "a.kvz")
+    assert torch.equal(logits(case.llm.open(tmp_path / "a.kvz")), logits(found))
+
+
+def test_pursued_keys_are_those_of_the_pursuit_where_held_out_queries_fare_better(
+    case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compared is what is taken: of each block of a head, the better of both."""
+    compared = list[tuple[Tensor, Tensor, bool]]()
+    pursued = kvzip.transforms.refit._pursued
+
+    def watched(batch: list[Whole]) -> Iterator[Tensor]:
+        for whole, taken in zip(batch, pursued(batch), strict=True):
+            assert taken.sum() == whole.kept.sum()
+            compared.append((whole.kept, taken, whole.loss(taken) < whole.loss(whole.kept)))
+            yield taken
+
+    monkeypatch.setattr(kvzip.transforms.refit, "_pursued", watched)
+    mask = made(case, "kvzip+refit:keys=pursued", keep_ratio=0.2).data.keep_mask
+    wanted = [taken if is_better else kept for kept, taken, is_better in compared]
+    rows = [row for row in mask.flatten(0, 1) if row.any() and not row.all()]
+    assert torch.equal(torch.stack(rows), torch.stack(wanted))
+    assert any(is_better for *_, is_better in compared)
 
 
 def test_it_needs_something_that_evicts() -> None:

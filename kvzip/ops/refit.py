@@ -84,6 +84,15 @@ class Moments:
     def of(cls, block: Block) -> Moments:
         return cls(block.kept.T @ block.kept, block.kept.T @ block.took)
 
+    def part(self, columns: Tensor) -> Moments:
+        """Those of some of the pairs, [n] bool."""
+        return Moments(self.gram[columns][:, columns], self.took[columns])
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether any query looks at these pairs."""
+        return float(self.gram.trace()) > LEAST_ATTENTION
+
     def fit(self, values: Tensor, ridge: float) -> Fit:
         """Weights and values that make mass and outputs fit best, near 1 and near the pairs' own values [n, D]."""
         weights = self.fit_weights(ridge)
@@ -140,7 +149,7 @@ def refit(fitted: Block, judge: Block, values: Tensor, read_back: Rounding | Non
     values: [n, D] float32, the pairs' own.
     """
     moments = Moments.of(fitted)
-    if not float(moments.gram.trace()) > LEAST_ATTENTION:
+    if not moments.is_seen:
         return None
 
     def loss(fit: Fit) -> float:

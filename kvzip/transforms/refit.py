@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvzip.context import RaggedLayer
 from kvzip.ops.attention import soft_capped
-from kvzip.ops.refit import HELD_OUT, Block, refit, with_mass
+from kvzip.ops.pursuit import principal, pursue
+from kvzip.ops.refit import HELD_OUT, RIDGES, Block, Moments, refit, with_mass
 from kvzip.replayed import LayerQueries
 from kvzip.transforms.base import BaseTransform, Evicted
 
+SYSTEMS = 16  # blocks of heads that are pursued at a time
 OTHERS = 2  # of queries that repeat a block, one of those that don't is taken for so many
 
 
@@ -24,12 +30,28 @@ class Refit(BaseTransform):
     all of it had (`kvzip.ops.refit`). Some of the queries have no part in the fit and choose its ridge; where they are
     better off without, the pairs stay as they are. The prefix is whole and is not changed. Where pairs become codes
     afterwards, the fit is made with the keys as they will be read, and chosen by the values as they will be.
+    keys: which pairs of a block of a head stay; "scored", those of the method, or "pursued", as many by orthogonal
+    matching pursuit on the block's mass and outputs (`kvzip.ops.pursuit`) where the held-out queries fare better so.
     """
 
     summary = "biases and values that make up for what was evicted"
     source = "Attention Matching, arXiv 2602.16284; GRKV, arXiv 2605.31105"
     needs_queries = True
     bias_nbytes = 2
+
+    def __init__(self, *, keys: Literal["scored", "pursued"] = "scored") -> None:
+        self.keys = keys
+
+    def choose(self, evicted: Evicted) -> Tensor:
+        if self.keys == "scored" or bool(evicted.keep_mask.all()):
+            return evicted.keep_mask
+        assert evicted.queries is not None
+        mask, wholes = evicted.keep_mask.clone(), _wholes(evicted.queries, evicted)
+        while batch := list(islice(wholes, SYSTEMS)):
+            for whole, taken in zip(batch, _pursued(batch), strict=True):
+                if whole.loss(taken) < whole.loss(whole.kept):
+                    mask[whole.head, whole.part] = taken
+        return mask
 
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         if bool(evicted.keep_mask.all()) and not evicted.is_rounded:
@@ -82,10 +104,10 @@ def _blocks(queries: LayerQueries, evicted: Evicted, layer: RaggedLayer) -> Iter
     heads = range(layer.num_kv_heads)
     stored = [evicted.read_keys(layer, head) for head in heads] if evicted.is_rounded else None
     for number, block in enumerate(queries.blocks):
-        part = slice(evicted.prefix_len + block.start, evicted.prefix_len + block.stop)
+        part = evicted.part(block)
         mask = evicted.keep_mask[:, part]
         firsts, counts = evicted.keep_mask[:, : part.start].sum(1).tolist(), mask.sum(1).tolist()
-        shown = _shown(queries, number, layer)
+        shown = _shown(queries, number, evicted)
         for head, first, count in zip(heads, firsts, counts, strict=True):
             if not count or (count == mask.shape[1] and stored is None):
                 continue
@@ -104,7 +126,60 @@ def _attention(shown: Shown, head: int, keys: Tensor, softcap: float | None) -> 
     return soft_capped(shown.query[head] @ keys.T, softcap).sub_(shown.lse[head].unsqueeze(1)).exp_()
 
 
-def _shown(queries: LayerQueries, number: int, layer: RaggedLayer) -> Shown:
+@dataclass(frozen=True)
+class Whole:
+    """All pairs of one block of one head, those that are gone too.
+
+    part: where they stand in prefix and context.  kept: [m] bool, the pairs that the method keeps.  values: [m, D].
+    moments: of all of them.  targets: [m, r], of them with the principal directions of outputs and mass.  judge: the
+    block as the held-out queries see it, with all its columns.
+    """
+
+    head: int
+    part: slice
+    kept: Tensor
+    values: Tensor
+    moments: Moments
+    targets: Tensor
+    judge: Block
+
+    def loss(self, columns: Tensor) -> float:
+        """Of the held-out queries where these pairs [m] bool stay and are mended."""
+        moments = self.moments.part(columns)
+        if not moments.is_seen:
+            return math.inf
+        return replace(self.judge, kept=self.judge.kept[:, columns]).loss(moments.fit(self.values[columns], RIDGES[0]))
+
+
+def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
+    """Each block of each head of which some pairs stay and some go, and which queries look at."""
+    for number, block in enumerate(queries.blocks):
+        part, shown = evicted.part(block), _shown(queries, number, evicted)
+        for head, kept in enumerate(evicted.keep_mask[:, part]):
+            if bool(kept.all()) or not bool(kept.any()):
+                continue
+            keys, values = (pairs[head, part].float() for pairs in (evicted.keys, evicted.values))
+            attention = _attention(shown, head, keys, queries.softcap)
+            fitted, judge = shown.block(head, attention, values, attention)
+            moments = Moments.of(fitted)
+            if moments.is_seen:
+                mass = fitted.took[:, :-1].norm() / fitted.took[:, -1].norm()  # so it weighs as much as the outputs
+                scale = torch.cat([torch.ones_like(values[0]), mass[None]])
+                directions = scale.unsqueeze(1) * principal(fitted.took * scale)
+                yield Whole(head, part, kept, values, moments, moments.took @ directions, judge)
+
+
+def _pursued(batch: Sequence[Whole]) -> Iterator[Tensor]:
+    """The pairs [m] bool that pursuit keeps of each block, as many as the method does."""
+    size, counts = max(len(whole.kept) for whole in batch), [int(whole.kept.sum()) for whole in batch]
+    missing = [size - len(whole.kept) for whole in batch]
+    gram = [pad(whole.moments.gram, (0, n, 0, n)) for whole, n in zip(batch, missing, strict=True)]
+    took = [pad(whole.targets, (0, 0, 0, n)) for whole, n in zip(batch, missing, strict=True)]
+    found = pursue(torch.stack(gram), torch.stack(took), counts)
+    return (taken[: len(whole.kept)] for whole, taken in zip(batch, found, strict=True))
+
+
+def _shown(queries: LayerQueries, number: int, evicted: Evicted) -> Shown:
     """The queries that a block is fitted to: all that repeat it, and a share of that of the others, evenly spread."""
     own, others = (found.nonzero().squeeze(1) for found in (queries.block_of == number, queries.block_of != number))
     if len(others) > len(own) // OTHERS:
@@ -113,7 +188,7 @@ def _shown(queries: LayerQueries, number: int, layer: RaggedLayer) -> Shown:
     is_held_out = torch.arange(len(chosen)) % HELD_OUT == HELD_OUT - 1
     chosen = torch.cat([chosen[~is_held_out], chosen[is_held_out]])
     is_near = queries.chunk_of[chosen] == queries.chunk_of[own[0]]
-    groups = len(queries.query) // layer.num_kv_heads
+    groups = len(queries.query) // len(evicted.keys)
 
     def rows(tensor: Tensor) -> Tensor:
         """[Hq, T, ...] as float32 [Hkv, R, ...], the query heads of a token beside one another."""
@@ -124,6 +199,6 @@ def _shown(queries: LayerQueries, number: int, layer: RaggedLayer) -> Shown:
         query=rows(queries.query).mul_(queries.scale),
         lse=rows(queries.lse),
         seen=with_mass(rows(queries.outputs)),
-        is_near=is_near.repeat_interleave(groups).float().to(layer.device),
+        is_near=is_near.repeat_interleave(groups).float().to(evicted.keys.device),
         num_fitted=int((~is_held_out).sum()) * groups,
     )
