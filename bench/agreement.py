@@ -23,10 +23,11 @@ from torch import Tensor
 import kvzip
 from kvzip.bench.measure import report, write_result
 from kvzip.bench.texts import bench_text
-from kvzip.compress import FullContext, select
+from kvzip.compress import FullContext
 from kvzip.methods import parse_method
 from kvzip.ops.selection import PINNED, select_uniform
 from kvzip.scorers.expected import ExpectedScorer
+from kvzip.selecting import select
 
 WORKER = SIDE / "kvpress_agreement.py"
 AS_IS, MATCHED = "as they are", "matching"

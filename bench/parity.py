@@ -23,7 +23,7 @@ from torch import Tensor
 import kvzip
 from kvzip.bench.measure import report, write_result
 from kvzip.chunks import CHUNK_LEN, chunk_slices
-from kvzip.compress import Selection, pack_context
+from kvzip.compress import pack_context
 from kvzip.eval.metrics import f1, included, mean_and_error
 from kvzip.eval.tasks.base import Question, Sample, TaskSettings, choose
 from kvzip.eval.tasks.squad import Squad
@@ -31,6 +31,7 @@ from kvzip.methods import parse_method
 from kvzip.ops.selection import select_global
 from kvzip.scorers.base import Observation
 from kvzip.scorers.reconstruction import FaithfulReconstructionScorer
+from kvzip.selecting import Selection
 
 WORKER = SIDE / "kvpress_parity.py"
 NUM_SINKS = 4  # of kvpress

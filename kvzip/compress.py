@@ -25,15 +25,14 @@ from kvzip.fetch.base import BaseFetch
 from kvzip.hf.geometry import Geometry
 from kvzip.hf.prefill import PrefillCache, Replay, Watch, read_watched, replay
 from kvzip.hf.projections import attention_inputs, entering_streams, input_norms, output_weights
-from kvzip.methods import Method
 from kvzip.ops.ragged import cu_seqlens_of, pack, pack_bits
 from kvzip.ops.rope import shift_keys
-from kvzip.ops.selection import pool_ranks, select_above
 from kvzip.profilers import Profiler
 from kvzip.progress import Progress, silent
 from kvzip.replayed import ReplayedQueries
 from kvzip.scorers import get_scorer
 from kvzip.scorers.base import WHILE_READING, BaseScorer, Observation, Observer, Profile, Reading, Shape, Together
+from kvzip.selecting import Selection
 from kvzip.transforms.base import BaseTransform, Evicted
 
 PREFILL_BLOCK = 1024  # tokens of one forward pass while reading
@@ -47,18 +46,6 @@ class Engine:
     geometry: Geometry
     backend: Backend
     prompts: RepeatPrompts
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What to keep.  mask: [Lf, Hkv, S] bool.  ranks: [Lf, Hkv, S] uint8 (see RaggedContext), or None.
-
-    scores: [Lf, Hkv, S] float32 that decided, or None where nothing was scored.
-    """
-
-    mask: Tensor
-    ranks: Tensor | None
-    scores: Tensor | None = None
 
 
 class FullContext:
@@ -319,6 +306,19 @@ class FullContext:
                 dense.release()
         return tuple(packed[shared.get(index, index)] for index in range(len(self.cache.layers)))
 
+    @torch.inference_mode()
+    def reselect(
+        self, selection: Selection, queries: ReplayedQueries | None, transforms: Sequence[BaseTransform]
+    ) -> Selection:
+        """What transforms choose instead: other pairs, as many in each layer. Arguments as of `evict`."""
+        masks, prefix_len = [], self.prefix_ids.numel()
+        for number, layer in enumerate(self.engine.geometry.full_layers):
+            evicted = self._evicted(layer, self._with_prefix(selection.mask[number]), number, None, queries)
+            for transform in transforms:
+                evicted = replace(evicted, keep_mask=transform.choose(evicted))
+            masks.append(evicted.keep_mask[:, prefix_len:].to(selection.mask.device))
+        return replace(selection, mask=torch.stack(masks))
+
     def _with_prefix(self, keep_mask: Tensor) -> Tensor:
         """A keep mask [Hkv, S] of the context as one of prefix and context [Hkv, P + S], on the model's device."""
         mask = torch.nn.functional.pad(keep_mask, (self.prefix_ids.numel(), 0), value=True)
@@ -350,27 +350,6 @@ class FullContext:
             cu_seqlens=cu_seqlens_of(mask),
             window=self.engine.geometry.layers[index].window,
         )
-
-
-def select(
-    scores: Tensor,
-    method: Method,
-    num_pairs: int | None,
-    *,
-    profile: Profile | None = None,
-    faithful: bool = False,
-    with_ranks: bool = True,
-) -> Selection:
-    """The keep mask by the budget of `method`; the official threshold rule if `faithful`.
-
-    num_pairs: how many to keep; None where the budget decides that.  profile: of the model, where the budget needs it.
-    """
-    if faithful and num_pairs is not None:
-        return Selection(select_above(scores, num_pairs / scores.numel()), None, scores)
-    assert method.budget is not None and method.budget_kind is not None
-    mask = method.budget_kind(scores, num_pairs, dict(method.budget.options), profile)
-    ranks = pool_ranks(scores, method.budget_kind.pool_dims) if with_ranks else None
-    return Selection(mask, ranks, scores)
 
 
 def pack_context(

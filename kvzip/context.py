@@ -41,7 +41,7 @@ class RaggedLayer:
     keys, values: [N, D], segments sorted by KV head, positions ascending inside a head.  cu_seqlens: [Hkv + 1] int32.
     window: None in a full-attention layer. In a sliding-window layer the model's window in tokens, and every head then
     holds the last `n` tokens before the question without a gap.
-    bias: [N] float32 added to the logits of each pair, or None.
+    bias: [N] float32 or float16, added to the logits of each pair, or None.
     lower: further pairs of the same heads, stored in another precision, or None; attention runs over all of them.
     clusters: what finds the pairs that a query needs, where they stay in a file; they stand in its order then. Or None.
     Keys stand in the canonical rotation: the first token of a question has position 0.

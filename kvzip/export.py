@@ -15,11 +15,12 @@ from torch import Tensor
 
 from kvzip._version import __version__
 from kvzip.certificate import Certifier
-from kvzip.compress import FullContext, Selection, pack_context
+from kvzip.compress import FullContext, pack_context
 from kvzip.context import RaggedContext
 from kvzip.memory import peak_rss_nbytes, release_freed, reset_peak_rss
 from kvzip.portable import Origin, PortableContext, count_for, cut, holds, left_out, portable, uniform_mask
 from kvzip.progress import Progress, silent
+from kvzip.selecting import Selection
 
 if TYPE_CHECKING:
     from kvzip.llm import LLM

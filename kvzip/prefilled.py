@@ -16,7 +16,7 @@ from kvzip.auto import Search
 from kvzip.budget import Amounts, resolve_pairs
 from kvzip.certificate import Certifier
 from kvzip.chunks import CHUNK_LEN
-from kvzip.compress import FullContext, Selection, pack_context, select
+from kvzip.compress import FullContext, pack_context
 from kvzip.compressed import CompressedContext
 from kvzip.context import ContextInfo
 from kvzip.errors import BudgetError
@@ -31,6 +31,7 @@ from kvzip.progress import Progress, silent
 from kvzip.replayed import ReplayedQueries
 from kvzip.scorers import scorer_class
 from kvzip.scorers.base import Shape
+from kvzip.selecting import Selection, select
 from kvzip.transforms import get_transform
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Prefilled:
         if method.needs_queries and not (selection.mask.all() and not any(t.stores_codes for t in transforms)):
             queries, replay_s = self._replayed(options, progress)
             info = replace(info, score_s=score_s + replay_s)
+            selection = self._full.reselect(selection, queries, transforms)
         data = pack_context(
             self._full, selection, info, queries=queries, transforms=transforms, fetch=fetch, release=release
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvzip.scorers.base import Observation, Observer, Shape
 
-BLOCK_LEN = 1024  # tokens that are fitted at a time: the cost of a fit grows with the square of it
+BLOCK_LEN = 512  # tokens that are fitted at a time: the cost of a fit grows with the square of it
 ROWS = 2  # query rows of a KV head that are kept, for each token of a chunk; four were no better, one was worse
 
 

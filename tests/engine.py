@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvzip
-from kvzip.compress import Selection, pack_context
+from kvzip.compress import pack_context
 from kvzip.context import RaggedContext
 from kvzip.hf.cache import SessionCache
 from kvzip.ops.rope import shift_keys
 from kvzip.portable import PortableContext, count_for, uniform_mask
 from kvzip.prefilled import Prefilled
+from kvzip.selecting import Selection
 
 
 def loaded(llm: kvzip.LLM, context: PortableContext, offset: int = 0) -> DynamicCache:

@@ -44,6 +44,7 @@ class Shape:
     keep: float = 0.4
     dtype: torch.dtype = torch.float32
     has_bias: bool = False
+    half_bias: bool = False
     has_ranks: bool = True
     tail_len: int | None = None
     num_pending: int = 0
@@ -88,6 +89,7 @@ def _level(shape: Shape, seqlens: Tensor, window: int | None, layouts: Layouts, 
         for pairs, layout in zip(numbers, layouts, strict=True)
     )
     bias = torch.randn(num_pairs, generator=rng) if shape.has_bias else None
+    bias = bias.half() if bias is not None and shape.half_bias else bias
     return RaggedLayer(keys, values, offsets, window, bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,6 +118,23 @@ def test_pairs_in_several_precisions_equal_the_same_pairs_as_floats(
             decoded = get_backend(name).decode(query, stored, *tail, scale=0.2, softcap=softcap)
             expected_out = get_backend("reference").decode(query, floats, *tail, scale=0.2, softcap=softcap)
             torch.testing.assert_close(decoded, expected_out, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_biases_in_16_bits_are_those_numbers(name: str, q_len: int) -> None:
+    """Also the largest and least of them, subnormal ones and both zeros; with and without them the results differ."""
+    layer = ragged_layer([900, 0, 37], 11, True, 64)
+    half = layer.bias.half()
+    half[:6] = torch.tensor([0.0, -0.0, 6e-8, -1e-5, 3.0, -3.0])
+    query = torch.randn(1, 6, q_len, 64, generator=torch.Generator().manual_seed(12))
+    found, expected, without = (
+        get_backend(backend).attend_ragged(query, replace(layer, bias=bias), scale=0.2)
+        for backend, bias in ((name, half), ("reference", half.float()), ("reference", None))
+    )
+    for a, b, c in zip(found, expected, without, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(a, c, atol=1e-2)
 
 
 @needs_compiler

@@ -30,6 +30,7 @@ FLOORS = [
         "kvzip.scorers",
         "kvzip.profilers",
         "kvzip.replayed",
+        "kvzip.selecting",
         "kvzip.transforms",
         "kvzip.fetch",
     ],

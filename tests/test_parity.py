@@ -13,8 +13,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.chunks import chunk_slices
-from kvzip.compress import FullContext, Selection, pack_context
+from kvzip.compress import FullContext, pack_context
 from kvzip.methods import parse_method
+from kvzip.selecting import Selection
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import compared

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import kvzip
 from kvzip.chunks import chunk_slices
-from kvzip.compress import FullContext, Selection, pack_context
+from kvzip.compress import FullContext, pack_context
 from kvzip.context import ContextInfo, RaggedContext
 from kvzip.eval.fidelity import fidelity
 from kvzip.eval.questions import ask_full
@@ -26,6 +26,7 @@ from kvzip.hf.cache import SessionCache
 from kvzip.methods import parse_method
 from kvzip.ops.selection import select_global
 from kvzip.profiles import save_profile
+from kvzip.selecting import Selection
 
 pytestmark = pytest.mark.real
 METHODS = ["kvzip", "kvzip+layer", "kvzip+uniform", "kvzip-head"]

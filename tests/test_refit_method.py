@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ from kvzip.backends.reference import ReferenceBackend
 from kvzip.errors import UnknownNameError
 from kvzip.methods import parse_method
 from kvzip.ops.attention import attend
-from kvzip.ops.refit import HELD_OUT, Block, refit
+from kvzip.ops.refit import HELD_OUT, Block, refit, with_mass
 from kvzip.ops.rope import shift_keys
 from kvzip.replayed import ReplayedQueries, equal_parts
 from kvzip.scorers import SCORERS
 from kvzip.scorers.base import BaseScorer, Observation, Observer, Shape
+from kvzip.transforms.refit import Whole
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs away from 17 angry bees. " * 5
 
@@ -73,9 +75,10 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
             heads = slice(head * groups, (head + 1) * groups)
             attention = (capped - lse[heads].flatten().unsqueeze(1)).exp()
             block, own = attention[:, full.prefix_ids.numel() :], values[head, full.prefix_ids.numel() :]
-            rest = shown.outputs[heads].float().flatten(0, 1) - block @ own
-            taken = Block(block[:, kept], block.sum(1), block @ own, 1 - block.sum(1), rest)
-            expected = refit(taken, own[kept], held_out) if kept.any() else None
+            took = block @ with_mass(own)
+            beside = with_mass(shown.outputs[heads].float().flatten(0, 1)) - took
+            fitted, judge = (Block(block[part][:, kept], took[part], beside[part]) for part in (~held_out, held_out))
+            expected = refit(fitted, judge, own[kept]) if kept.any() else None
             start = layer.offsets[head] + full.prefix_ids.numel()
             pairs = slice(start, layer.offsets[head + 1])
             before = slice(layer.offsets[head], start)
@@ -84,9 +87,10 @@ def test_one_chunk_against_the_direct_computation(case: SimpleNamespace) -> None
                 assert torch.equal(layer.values[pairs], plain.layers[index].values[pairs])
             else:
                 changed += 1
-                weighted, wanted = (block[:, kept] * w for w in (layer.bias[pairs].exp(), expected.weights))
+                bias = layer.bias[pairs].float()
+                weighted, wanted = (block[:, kept] * w for w in (bias.exp(), expected.weights))
                 # single pairs are less sure, near bounds above all, than what they add
-                torch.testing.assert_close(layer.bias[pairs], expected.weights.log(), atol=5e-2, rtol=2e-2)
+                torch.testing.assert_close(bias, expected.weights.log(), atol=5e-2, rtol=2e-2)
                 torch.testing.assert_close(weighted.sum(1), wanted.sum(1), atol=1e-3, rtol=1e-3)
                 torch.testing.assert_close(
                     weighted @ layer.values[pairs], wanted @ expected.values, atol=1e-3, rtol=1e-3
@@ -233,6 +237,40 @@ def test_saved_and_opened_and_in_bytes(case: SimpleNamespace, method: str, tmp_p
     most = context.data.kv_nbytes
     within = made(case, method, budget=f"{most}B").data
     assert most - 4096 < within.kv_nbytes <= most
+
+
+def test_pursued_keys_are_as_many_of_each_head_and_packed_as_chosen(case: SimpleNamespace, tmp_path: Path) -> None:
+    scored, found = (made(case, f"kvzip+refit{keys}", keep_ratio=0.2) for keys in ("", ":keys=pursued"))
+    assert found.data.pairs_per_head == scored.data.pairs_per_head
+    assert not torch.equal(found.data.keep_mask, scored.data.keep_mask)
+    full = case.prefilled._full
+    for number, index in enumerate(found.data.full_layers):
+        keys = full.cache.layers[index].read(slice(0, full.length))[0][0]
+        mask = full._with_prefix(found.data.keep_mask[number])
+        assert torch.equal(found.data.layers[index].keys, shift_keys(keys[mask], full._inv_freq(index), -full.length))
+    found.save(tmp_path / "a.kvz")
+    assert torch.equal(logits(case.llm.open(tmp_path / "a.kvz")), logits(found))
+
+
+def test_pursued_keys_are_those_of_the_pursuit_where_held_out_queries_fare_better(
+    case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compared is what is taken: of each block of a head, the better of both."""
+    compared = list[tuple[Tensor, Tensor, bool]]()
+    pursued = kvzip.transforms.refit._pursued
+
+    def watched(batch: list[Whole]) -> Iterator[Tensor]:
+        for whole, taken in zip(batch, pursued(batch), strict=True):
+            assert taken.sum() == whole.kept.sum()
+            compared.append((whole.kept, taken, whole.loss(taken) < whole.loss(whole.kept)))
+            yield taken
+
+    monkeypatch.setattr(kvzip.transforms.refit, "_pursued", watched)
+    mask = made(case, "kvzip+refit:keys=pursued", keep_ratio=0.2).data.keep_mask
+    wanted = [taken if is_better else kept for kept, taken, is_better in compared]
+    rows = [row for row in mask.flatten(0, 1) if row.any() and not row.all()]
+    assert torch.equal(torch.stack(rows), torch.stack(wanted))
+    assert any(is_better for *_, is_better in compared)
 
 
 def test_it_needs_something_that_evicts() -> None:

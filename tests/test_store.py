@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_context import INFO, Shape, random_context
+from safetensors import safe_open
 from stored import (
     FULL_SHAPE,
     Stored,
@@ -48,6 +49,7 @@ shapes = st.builds(
     keep=st.sampled_from([0.0, 0.3, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     has_bias=st.booleans(),
+    half_bias=st.booleans(),
     has_ranks=st.booleans(),
     tail_len=st.none() | st.integers(0, 4),
     num_pending=st.integers(0, 1),
@@ -200,6 +202,17 @@ def test_tensors_are_mapped_not_copied(tmp_path: Path) -> None:
     before = path.read_bytes()
     context.layers[0].keys.zero_()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("half_bias", [False, True])
+def test_biases_in_16_bits_are_of_version_2(half_bias: bool, tmp_path: Path) -> None:
+    """Readers of version 1 know biases in 32 bits alone."""
+    path = tmp_path / "doc.kvz"
+    store.write(path, *random_context(Shape(has_bias=True, half_bias=half_bias)))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format_version"] == ("2" if half_bias else "1")
+    assert store.read(path)[0].layers[0].bias.dtype == (torch.float16 if half_bias else torch.float32)
 
 
 def test_a_small_file_that_claims_much(tmp_path: Path) -> None:

@@ -54,10 +54,20 @@ class Store(ctypes.Structure):
         return cls(*pointers, layout.bits, layout.group_size, layout.axis == "channel")
 
 
+class Bias(ctypes.Structure):
+    """As in ragged.c."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("bits", ctypes.c_int32))
+
+    @classmethod
+    def of(cls, bias: Tensor | None) -> Bias:
+        return cls(None, 0) if bias is None else cls(bias.data_ptr(), 8 * bias.itemsize)
+
+
 class Level(ctypes.Structure):
     """As in ragged.c."""
 
-    _fields_ = (("k", Store), ("v", Store), ("bias", ctypes.c_void_p), ("offsets", ctypes.c_void_p))
+    _fields_ = (("k", Store), ("v", Store), ("bias", Bias), ("offsets", ctypes.c_void_p))
 
 
 @dataclass(frozen=True)
@@ -77,12 +87,7 @@ class Levels:
         if not readable or layer.head_dim > MAX_DIM:
             return cls(None, 0, is_coded)
         found = [
-            Level(
-                Store.of(level.keys),
-                Store.of(level.values),
-                None if level.bias is None else level.bias.data_ptr(),
-                level.cu_seqlens.data_ptr(),
-            )
+            Level(Store.of(level.keys), Store.of(level.values), Bias.of(level.bias), level.cu_seqlens.data_ptr())
             for level in layer.levels
         ]
         return cls((Level * len(found))(*found), sum(level.offsets[-1] for level in layer.levels), is_coded)

@@ -51,17 +51,23 @@ typedef struct {
   int32_t bits, group_size, per_channel;
 } Store;
 
-// The pairs of one precision, head after head.  bias: [N] or null.  offsets: [heads + 1].
+// Added to the logits of pairs: float32 or float16, or null.
+typedef struct {
+  const void *data;
+  int32_t bits;
+} Bias;
+
+// The pairs of one precision, head after head.  bias: [N].  offsets: [heads + 1].
 typedef struct {
   Store k, v;
-  const float *bias;
+  Bias bias;
   const int32_t *offsets;
 } Level;
 
 // The pairs of one head in one level, or its tail.
 typedef struct {
   Store k, v;
-  const float *bias;
+  Bias bias;
   int count, first_part;
 } Segment;
 
@@ -80,6 +86,10 @@ static inline float from_half(uint16_t half) {
   wide.number *= 0x1p112f;
   wide.bits |= sign.bits;
   return wide.number;
+}
+
+static inline float bias_of(Bias bias, int64_t pair) {
+  return bias.bits == 16 ? from_half(((const uint16_t *)bias.data)[pair]) : ((const float *)bias.data)[pair];
 }
 
 static inline ALWAYS void read_channels(const uint8_t *codes, const Channels *c, int bits, int dim, float *to) {
@@ -190,11 +200,16 @@ static int groups_before(const Store *store, const int32_t *offsets, int head) {
   return groups;
 }
 
+static Bias bias_from(Bias bias, int64_t start) {
+  if (bias.data) bias.data = (const char *)bias.data + start * (bias.bits / 8);
+  return bias;
+}
+
 static Segment segment_of(const Level *level, int head, int dim) {
   int64_t start = level->offsets[head];
   return (Segment){store_from(level->k, start, groups_before(&level->k, level->offsets, head), dim),
                    store_from(level->v, start, groups_before(&level->v, level->offsets, head), dim),
-                   level->bias ? level->bias + start : 0, level->offsets[head + 1] - level->offsets[head], 0};
+                   bias_from(level->bias, start), level->offsets[head + 1] - level->offsets[head], 0};
 }
 
 // q: [heads, rows, dim].  tail_k, tail_v: tail_count keys of each head, `tail_stride` floats from one head to the next;
@@ -210,7 +225,7 @@ void kvzip_attend_ragged(const float *q, const Level *levels, int num_levels, co
     Segment *own = segments + h * per_head;
     for (int i = 0; i < num_levels; i++) own[i] = segment_of(levels + i, h, dim);
     own[num_levels] = (Segment){{tail_k + h * tail_stride, 0, 0, 32, 0, 0}, {tail_v + h * tail_stride, 0, 0, 32, 0, 0},
-                                0, tail_count, 0};
+                                {0, 0}, tail_count, 0};
     first_part[h] = num_parts;
     for (int i = 0; i < per_head; i++) own[i].first_part = num_parts, num_parts += parts_of(own[i].count);
   }

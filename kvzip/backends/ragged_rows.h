@@ -72,7 +72,6 @@ static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const Segme
   NAME(vec) turned[MAX_DIM], s[BLOCK];
   float key_buffer[coded ? BLOCK * dim : 1], value_buffer[coded ? BLOCK * dim : 1];
   Channels key_channels, value_channels;
-  const float *bias = pairs->bias ? pairs->bias + first : 0;
   const float *keys = (const float *)pairs->k.data + (int64_t)first * dim;
   const float *values = (const float *)pairs->v.data + (int64_t)first * dim;
   for (int done = 0; done < num_rows; done += LANES) {
@@ -94,7 +93,7 @@ static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const Segme
         k = key_buffer, v = ahead = value_buffer, share = 0;
       }
       NAME(make_logits)(turned, k, v, n, dim, s);
-      for (int i = 0; bias && i < n; i++) s[i] += bias[j + i];
+      for (int i = 0; pairs->bias.data && i < n; i++) s[i] += bias_of(pairs->bias, first + j + i);
       NAME(vec) shrink = NAME(make_weights)(s, n, &state);
       for (int r = 0; r < rows; r++)
         add_values(to + r * dim, (const float *)s + r, LANES, shrink[r], v, ahead + r * share, share, n, dim);

@@ -19,8 +19,8 @@ from torch import Tensor
 
 MAX_BIAS = 3.0  # weights lie in [exp(-3), exp(3)]: beyond that a fit is of noise
 LEAST_WEIGHT = math.exp(-MAX_BIAS)
-RIDGES = (0.01, 0.1, 1.0)  # of the mean diagonal of the normal equations, tried in turn
-HELD_OUT = 4  # of so many queries one is kept from the fit and judges it
+RIDGES = (0.02, 0.5)  # of the mean diagonal of the normal equations, tried in turn
+HELD_OUT = 8  # of so many queries one is kept from the fit and judges it
 LEAST_ATTENTION = 1e-30  # sum of squares of the kept columns; below it least squares have nothing to go by
 MAX_STEPS = 30  # of projected gradients, where a bound is reached
 
@@ -40,49 +40,58 @@ class Fit:
 class Block:
     """What R queries take of one block, and what they take beside it, all in one unit of mass for each query.
 
-    kept: [R, n], attention to the pairs that stay, by the keys that are stored.  mass: [R], attention to the whole
-    block before.  outputs: [R, D], what that took.  outside: [R] and rest: [R, D], the same of all that is beside it.
-    float32.
+    kept: [R, n], attention to the pairs that stay, by the keys that are stored.  took: [R, D + 1], what attention to
+    the whole block put out before, and as the last column its mass.  beside: [R, D + 1], the same of all that is
+    beside the block.  float32.
     """
 
     kept: Tensor
-    mass: Tensor
-    outputs: Tensor
-    outside: Tensor
-    rest: Tensor
+    took: Tensor
+    beside: Tensor
 
-    def part(self, chosen: Tensor) -> Block:
-        """chosen: [R] bool."""
-        fields = (self.kept, self.mass, self.outputs, self.outside, self.rest)
-        return Block(*(field[chosen] for field in fields))
+    def part(self, rows: slice) -> Block:
+        """That of some of the queries."""
+        return Block(self.kept[rows], self.took[rows], self.beside[rows])
 
     def loss(self, fit: Fit) -> float:
         """Mean squared error of what attention puts out, over all that is seen, with the block as fitted."""
-        found = self.rest + self.kept @ (fit.weights.unsqueeze(1) * fit.values)
-        found = found / (self.outside + self.kept @ fit.weights).unsqueeze(1)
-        wanted = (self.rest + self.outputs) / (self.outside + self.mass).unsqueeze(1)
-        return float((found - wanted).square().sum(dim=1).mean())
+        found = self.beside + self.kept @ (with_mass(fit.values) * fit.weights.unsqueeze(1))
+        return float((_per_mass(found) - _per_mass(self.beside + self.took)).square().sum(dim=1).mean())
+
+
+def with_mass(values: Tensor) -> Tensor:
+    """Values [..., D] with a last column of ones, so that what attention puts out has its mass there."""
+    return torch.nn.functional.pad(values, (0, 1), value=1.0)
+
+
+def _per_mass(outputs: Tensor) -> Tensor:
+    """[R, D + 1] as normalised outputs [R, D]."""
+    return outputs[:, :-1] / outputs[:, -1:]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What least squares need of some queries: sums over them, so those of several blocks of queries add up.
+    """What least squares need of some queries: sums over them.
 
-    gram: [n, n], of the kept columns A with themselves.  mass: [n], of A with the mass of the block.  outputs: [n, D],
-    of A with its outputs.
+    gram: [n, n], of the kept columns A with themselves.  took: [n, D + 1], of A with the outputs of the block and, as
+    the last column, with its mass.
     """
 
     gram: Tensor
-    mass: Tensor
-    outputs: Tensor
+    took: Tensor
 
     @classmethod
     def of(cls, block: Block) -> Moments:
-        kept = block.kept
-        return cls(kept.T @ kept, kept.T @ block.mass, kept.T @ block.outputs)
+        return cls(block.kept.T @ block.kept, block.kept.T @ block.took)
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.gram + other.gram, self.mass + other.mass, self.outputs + other.outputs)
+    def part(self, columns: Tensor) -> Moments:
+        """Those of some of the pairs, [n] bool."""
+        return Moments(self.gram[columns][:, columns], self.took[columns])
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether any query looks at these pairs."""
+        return float(self.gram.trace()) > LEAST_ATTENTION
 
     def fit(self, values: Tensor, ridge: float) -> Fit:
         """Weights and values that make mass and outputs fit best, near 1 and near the pairs' own values [n, D]."""
@@ -96,7 +105,7 @@ class Moments:
         gradients from there otherwise.
         """
         system, pull = _with_ridge(self.gram, ridge)
-        target = self.mass + pull
+        target = self.took[:, -1] + pull
         weights = torch.cholesky_solve(target.unsqueeze(1), torch.linalg.cholesky(system)).squeeze(1)
         if bool(((weights >= LEAST_WEIGHT) & (weights <= 1 / LEAST_WEIGHT)).all()):
             return weights
@@ -110,13 +119,14 @@ class Moments:
         """
         gram = self.gram * weights * weights.unsqueeze(1)
         factor = torch.linalg.cholesky(_with_ridge(gram, ridge)[0])
-        return values + torch.cholesky_solve(self.outputs * weights.unsqueeze(1) - gram @ values, factor)
+        return values + torch.cholesky_solve(self.took[:, :-1] * weights.unsqueeze(1) - gram @ values, factor)
 
 
 def _with_ridge(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """The Gram matrix with a ridge of that share of its mean diagonal, and the ridge."""
-    pull = ridge * gram.diagonal().mean()
-    return gram + torch.diag(pull.expand(len(gram))), pull
+    system, pull = gram.clone(), ridge * gram.diagonal().mean()
+    system.diagonal().add_(pull)
+    return system, pull
 
 
 def _within_bounds(system: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -130,24 +140,22 @@ def _within_bounds(system: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return weights
 
 
-def refit(block: Block, values: Tensor, is_held_out: Tensor, read_back: Rounding | None = None) -> Fit | None:
+def refit(fitted: Block, judge: Block, values: Tensor, read_back: Rounding | None = None) -> Fit | None:
     """Weights and values of the kept pairs of one block, or None where the held-out queries are better off without, or
     no query looks at these pairs.
 
-    values: [n, D] float32, the pairs' own.  is_held_out: [R] bool; these choose the ridge among `RIDGES`, by values as
-    they will be read back from where they are stored. The fit itself is then made of all queries.
+    fitted, judge: the block as most queries see it, and as the held-out ones do; these choose the ridge among `RIDGES`,
+    by values as they will be read back from where they are stored.
+    values: [n, D] float32, the pairs' own.
     """
-    seen, judge = block.part(~is_held_out), block.part(is_held_out)
-    if not float(seen.kept.square().sum()) > LEAST_ATTENTION:
+    moments = Moments.of(fitted)
+    if not moments.is_seen:
         return None
 
     def loss(fit: Fit) -> float:
         return judge.loss(fit if read_back is None else Fit(fit.weights, read_back(fit.values)))
 
-    moments = Moments.of(seen)
     plain = loss(Fit(torch.ones(len(values), device=values.device), values))
-    losses = [loss(moments.fit(values, ridge)) for ridge in RIDGES]
-    best = min(range(len(RIDGES)), key=lambda i: losses[i])
-    if not losses[best] < plain:
-        return None
-    return (moments + Moments.of(judge)).fit(values, RIDGES[best])
+    fits = [moments.fit(values, ridge) for ridge in RIDGES]
+    least, best = min(((loss(fit), number) for number, fit in enumerate(fits)))
+    return fits[best] if least < plain else None

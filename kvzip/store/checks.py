@@ -45,6 +45,8 @@ def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> File
     windows, turns = windows_in(metadata), turns_in(metadata)
     plain = Storage(specs.get("layers.0.keys", ("", ()))[0], (((None, None),),) * len(windows), {}, {})
     storage = plain if version == PLAIN_VERSION else storage_in(metadata)
+    if version == PLAIN_VERSION and any(_is_bias(name) and spec[0] == "F16" for name, spec in specs.items()):
+        raise Refused("it has biases in F16, which format version 1 does not know")
     _check_specs(specs, windows, storage)
     has_tail = "tail.token_ids" in specs
     bounds = [0, *(start for _, _, start in turns), specs["tail.token_ids"][1][0] if has_tail else 0]
@@ -91,7 +93,7 @@ def _check_specs(specs: Mapping[str, Spec], windows: Sequence[int | None], stora
         tails = {i: (kv_code, (1, number, tail_len, dim)) for i, (number, dim) in heads.items()}
         expected |= {f"tail.{i}.{kind}": spec for i, spec in tails.items() for kind in ("keys", "values")}
     for name in sorted(specs.keys() | expected.keys()):
-        is_absent = name not in specs and (name == "ranks" or name.endswith(".bias"))
+        is_absent = name not in specs and (name == "ranks" or _is_bias(name))
         if not is_absent and specs.get(name) != expected.get(name):
             got, wanted = specs.get(name, "missing"), expected.get(name, "none of that name")
             raise Refused(f"tensor {short(name)} is {got}, expected {wanted}")
@@ -114,7 +116,8 @@ def _level_specs(
     offsets, (num_pairs, width) = _shape(specs, f"{name}.cu_seqlens", 1), _shape(specs, f"{name}.keys", 2)
     bits = layouts[0].bits if layouts[0] is not None else 8
     head_dim = width * 8 // bits
-    expected: dict[str, Spec] = {f"{name}.cu_seqlens": ("I32", offsets), f"{name}.bias": ("F32", (num_pairs,))}
+    bias = "F16" if specs.get(f"{name}.bias", ("F32", ()))[0] == "F16" else "F32"
+    expected: dict[str, Spec] = {f"{name}.cu_seqlens": ("I32", offsets), f"{name}.bias": (bias, (num_pairs,))}
     for kind, layout in zip(("keys", "values"), layouts, strict=True):
         pairs = f"{name}.{kind}"
         if layout is None:
@@ -129,6 +132,10 @@ def _level_specs(
         expected[pairs] = ("U8", (num_pairs, head_dim * layout.bits // 8))
         expected |= {f"{pairs}.scales": ("F16", scales), f"{pairs}.zeros": ("F16", scales)}
     return expected, (offsets[0] - 1, head_dim)
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
 
 
 def _shape(specs: Mapping[str, Spec], name: str, num_dims: int) -> tuple[int, ...]:

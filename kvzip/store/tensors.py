@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from kvzip.context import Pairs, RaggedContext, RaggedLayer, SavedTail
@@ -65,7 +66,9 @@ def metadata_of(context: RaggedContext, tail: SavedTail | None, storage: Storage
         "windows": [layer.window for layer in context.layers],
         "turns": [[*turn, start] for turn, start in zip(turns, starts, strict=True)],
     }
-    is_plain = not storage.clusters and all(levels == ((None, None),) for levels in storage.levels)
+    biases = (level.bias for layer in context.stored_layers.values() for level in layer.levels)
+    has_half = any(bias is not None and bias.dtype == torch.float16 for bias in biases)
+    is_plain = not (has_half or storage.clusters) and all(levels == ((None, None),) for levels in storage.levels)
     if not is_plain:
         values["storage"] = storage.to_dict()
     texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}

@@ -34,6 +34,10 @@ class Evicted:
     inv_freq: Tensor | None = None
     later: Sequence[BaseTransform] = ()
 
+    def part(self, block: slice) -> slice:
+        """Where a part of the context stands in prefix and context."""
+        return slice(self.prefix_len + block.start, self.prefix_len + block.stop)
+
     def read_keys(self, layer: RaggedLayer, head: int) -> Tensor:
         """The keys [n, D] float32 of a head as they will be read, turned to their true positions.  layer: of floats."""
         assert isinstance(layer.keys, Tensor)
@@ -78,6 +82,11 @@ class BaseTransform:
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         """The same pairs in another form. Raises InputError where these can't be stored so."""
         raise NotImplementedError
+
+    def choose(self, evicted: Evicted) -> Tensor:
+        """The keep mask [Hkv, P + S] that is taken, with as many pairs; that of `evicted` unless the transform has
+        reasons for another one."""
+        return evicted.keep_mask
 
     def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None, prefix_len: int) -> Tensor:
         """Keys or values [n, D] of one head as they are read once this is applied.

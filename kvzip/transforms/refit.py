@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvzip.context import RaggedLayer
 from kvzip.ops.attention import soft_capped
-from kvzip.ops.refit import HELD_OUT, Block, refit
+from kvzip.ops.pursuit import principal, pursue
+from kvzip.ops.refit import HELD_OUT, RIDGES, Block, Moments, refit, with_mass
 from kvzip.replayed import LayerQueries
 from kvzip.transforms.base import BaseTransform, Evicted
+
+SYSTEMS = 16  # blocks of heads that are pursued at a time
+OTHERS = 2  # of queries that repeat a block, one of those that don't is taken for so many
 
 
 class Refit(BaseTransform):
@@ -22,12 +30,28 @@ class Refit(BaseTransform):
     all of it had (`kvzip.ops.refit`). Some of the queries have no part in the fit and choose its ridge; where they are
     better off without, the pairs stay as they are. The prefix is whole and is not changed. Where pairs become codes
     afterwards, the fit is made with the keys as they will be read, and chosen by the values as they will be.
+    keys: which pairs of a block of a head stay; "scored", those of the method, or "pursued", as many by orthogonal
+    matching pursuit on the block's mass and outputs (`kvzip.ops.pursuit`) where the held-out queries fare better so.
     """
 
     summary = "biases and values that make up for what was evicted"
     source = "Attention Matching, arXiv 2602.16284; GRKV, arXiv 2605.31105"
     needs_queries = True
-    bias_nbytes = 4
+    bias_nbytes = 2
+
+    def __init__(self, *, keys: Literal["scored", "pursued"] = "scored") -> None:
+        self.keys = keys
+
+    def choose(self, evicted: Evicted) -> Tensor:
+        if self.keys == "scored" or bool(evicted.keep_mask.all()):
+            return evicted.keep_mask
+        assert evicted.queries is not None
+        mask, wholes = evicted.keep_mask.clone(), _wholes(evicted.queries, evicted)
+        while batch := list(islice(wholes, SYSTEMS)):
+            for whole, taken in zip(batch, _pursued(batch), strict=True):
+                if whole.loss(taken) < whole.loss(whole.kept):
+                    mask[whole.head, whole.part] = taken
+        return mask
 
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
         if bool(evicted.keep_mask.all()) and not evicted.is_rounded:
@@ -35,62 +59,146 @@ class Refit(BaseTransform):
         queries = evicted.queries
         assert queries is not None and isinstance(layer.values, Tensor)
         values, bias = layer.values.float().clone(), layer.values.new_zeros(len(layer.values), dtype=torch.float32)
-        for head in range(layer.num_kv_heads):
-            for part, block, is_held_out in _blocks(queries, evicted, layer, head):
+        for part, fitted, judge in _blocks(queries, evicted, layer):
 
-                def read_back(changed: Tensor, part: slice = part) -> Tensor:
-                    return evicted.read_back("values", changed, part)
+            def read_back(changed: Tensor, part: slice = part) -> Tensor:
+                return evicted.read_back("values", changed, part)
 
-                found = refit(block, values[part], is_held_out, read_back if evicted.is_rounded else None)
-                if found is not None:
-                    values[part], bias[part] = found.values, found.weights.log()
+            found = refit(fitted, judge, values[part], read_back if evicted.is_rounded else None)
+            if found is not None:
+                values[part], bias[part] = found.values, found.weights.log()
         if not bool(bias.any()):
             return layer
-        return replace(layer, values=values.to(layer.dtype), bias=bias)
+        return replace(layer, values=values.to(layer.dtype), bias=bias.half())
 
 
-def _blocks(
-    queries: LayerQueries, evicted: Evicted, layer: RaggedLayer, head: int
-) -> Iterator[tuple[slice, Block, Tensor]]:
-    """Of each block of a head: where its pairs stand in the layer, what queries take of them, which are held out.
+@dataclass(frozen=True)
+class Shown:
+    """The queries that a block of a layer is fitted to, the held-out ones last; R rows a KV head.
+
+    query: [Hkv, R, D], scaled.  lse: [Hkv, R].  seen: [Hkv, R, D + 1], what each put out over all that it saw, and a
+    mass of 1.  is_near: [R] 1 or 0, whether that held the block.  num_fitted: rows that are not held out.
+    """
+
+    query: Tensor
+    lse: Tensor
+    seen: Tensor
+    is_near: Tensor
+    num_fitted: int
+
+    def block(self, head: int, attention: Tensor, values: Tensor, kept: Tensor) -> tuple[Block, Block]:
+        """The block as queries see it that are fitted to, and as the held-out ones do.
+
+        attention: [R, m] to all its pairs, values: [m, D] of these.  kept: [R, n] to those that stay.
+        """
+        took = attention @ with_mass(values)
+        whole = Block(kept, took, self.seen[head] - self.is_near.unsqueeze(1) * took)
+        return whole.part(slice(self.num_fitted)), whole.part(slice(self.num_fitted, None))
+
+
+def _blocks(queries: LayerQueries, evicted: Evicted, layer: RaggedLayer) -> Iterator[tuple[slice, Block, Block]]:
+    """Of each block of each head: where its pairs stand in the layer, what the queries take of them.
 
     Blocks of which nothing is left, or that stay as they were, are skipped.
     """
-    groups = len(queries.query) // layer.num_kv_heads
-    heads = slice(head * groups, (head + 1) * groups)
-    kept_keys = evicted.read_keys(layer, head) if evicted.is_rounded else None
-    keep_mask = evicted.keep_mask[head]
+    heads = range(layer.num_kv_heads)
+    stored = [evicted.read_keys(layer, head) for head in heads] if evicted.is_rounded else None
     for number, block in enumerate(queries.blocks):
-        part = slice(evicted.prefix_len + block.start, evicted.prefix_len + block.stop)
-        first, count = int(keep_mask[: part.start].sum()), int(keep_mask[part].sum())
-        if not count or (count == part.stop - part.start and not evicted.is_rounded):
-            continue
-        shown = _shown(queries, number).to(layer.device)
-        rows, outputs = (t[heads, shown].float().flatten(0, 1) for t in (queries.query, queries.outputs))
-        lse = queries.lse[heads, shown].flatten()
-        attention = _attention(rows, evicted.keys[head, part].float(), lse, queries)
-        taken = attention @ evicted.values[head, part].float()
-        if kept_keys is not None:
-            kept = _attention(rows, kept_keys[first : first + count], lse, queries)
-        else:
-            kept = attention[:, keep_mask[part]]
-        is_near = (queries.chunk_of[shown.cpu()] == queries.chunk_of[queries.block_of == number][0]).to(layer.device)
-        inside = is_near.repeat(groups).float()  # what the others saw does not hold this block
-        is_held_out = (torch.arange(len(shown), device=layer.device) % HELD_OUT == HELD_OUT - 1).repeat(groups)
-        start = layer.offsets[head] + first
-        mass = attention.sum(dim=1)
-        seen = Block(kept, mass, taken, 1 - inside * mass, outputs - inside.unsqueeze(1) * taken)
-        yield slice(start, start + count), seen, is_held_out
+        part = evicted.part(block)
+        mask = evicted.keep_mask[:, part]
+        firsts, counts = evicted.keep_mask[:, : part.start].sum(1).tolist(), mask.sum(1).tolist()
+        shown = _shown(queries, number, evicted)
+        for head, first, count in zip(heads, firsts, counts, strict=True):
+            if not count or (count == mask.shape[1] and stored is None):
+                continue
+            order = torch.cat([mask[head].nonzero(), (~mask[head]).nonzero()]).squeeze(1)  # what stays comes first
+            keys, values = (pairs[head, part][order].float() for pairs in (evicted.keys, evicted.values))
+            attention = _attention(shown, head, keys, queries.softcap)
+            kept = attention[:, :count]
+            if stored is not None:
+                kept = _attention(shown, head, stored[head][first : first + count], queries.softcap)
+            start = layer.offsets[head] + first
+            yield slice(start, start + count), *shown.block(head, attention, values, kept)
 
 
-def _attention(rows: Tensor, keys: Tensor, lse: Tensor, queries: LayerQueries) -> Tensor:
-    """The share of each row's attention [R, D], of all that it saw [R], that goes to each key [n, D]: [R, n]."""
-    return soft_capped((rows * queries.scale) @ keys.T, queries.softcap).sub_(lse.unsqueeze(1)).exp_()
+def _attention(shown: Shown, head: int, keys: Tensor, softcap: float | None) -> Tensor:
+    """The share of each query's attention, of all that it saw, that goes to each key [n, D] of a head: [R, n]."""
+    return soft_capped(shown.query[head] @ keys.T, softcap).sub_(shown.lse[head].unsqueeze(1)).exp_()
 
 
-def _shown(queries: LayerQueries, number: int) -> Tensor:
-    """Which queries a block is fitted to: all that repeat it, and half as many of the others, evenly spread."""
+@dataclass(frozen=True)
+class Whole:
+    """All pairs of one block of one head, those that are gone too.
+
+    part: where they stand in prefix and context.  kept: [m] bool, the pairs that the method keeps.  values: [m, D].
+    moments: of all of them.  targets: [m, r], of them with the principal directions of outputs and mass.  judge: the
+    block as the held-out queries see it, with all its columns.
+    """
+
+    head: int
+    part: slice
+    kept: Tensor
+    values: Tensor
+    moments: Moments
+    targets: Tensor
+    judge: Block
+
+    def loss(self, columns: Tensor) -> float:
+        """Of the held-out queries where these pairs [m] bool stay and are mended."""
+        moments = self.moments.part(columns)
+        if not moments.is_seen:
+            return math.inf
+        return replace(self.judge, kept=self.judge.kept[:, columns]).loss(moments.fit(self.values[columns], RIDGES[0]))
+
+
+def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
+    """Each block of each head of which some pairs stay and some go, and which queries look at."""
+    for number, block in enumerate(queries.blocks):
+        part, shown = evicted.part(block), _shown(queries, number, evicted)
+        for head, kept in enumerate(evicted.keep_mask[:, part]):
+            if bool(kept.all()) or not bool(kept.any()):
+                continue
+            keys, values = (pairs[head, part].float() for pairs in (evicted.keys, evicted.values))
+            attention = _attention(shown, head, keys, queries.softcap)
+            fitted, judge = shown.block(head, attention, values, attention)
+            moments = Moments.of(fitted)
+            if moments.is_seen:
+                mass = fitted.took[:, :-1].norm() / fitted.took[:, -1].norm()  # so it weighs as much as the outputs
+                scale = torch.cat([torch.ones_like(values[0]), mass[None]])
+                directions = scale.unsqueeze(1) * principal(fitted.took * scale)
+                yield Whole(head, part, kept, values, moments, moments.took @ directions, judge)
+
+
+def _pursued(batch: Sequence[Whole]) -> Iterator[Tensor]:
+    """The pairs [m] bool that pursuit keeps of each block, as many as the method does."""
+    size, counts = max(len(whole.kept) for whole in batch), [int(whole.kept.sum()) for whole in batch]
+    missing = [size - len(whole.kept) for whole in batch]
+    gram = [pad(whole.moments.gram, (0, n, 0, n)) for whole, n in zip(batch, missing, strict=True)]
+    took = [pad(whole.targets, (0, 0, 0, n)) for whole, n in zip(batch, missing, strict=True)]
+    found = pursue(torch.stack(gram), torch.stack(took), counts)
+    return (taken[: len(whole.kept)] for whole, taken in zip(batch, found, strict=True))
+
+
+def _shown(queries: LayerQueries, number: int, evicted: Evicted) -> Shown:
+    """The queries that a block is fitted to: all that repeat it, and a share of that of the others, evenly spread."""
     own, others = (found.nonzero().squeeze(1) for found in (queries.block_of == number, queries.block_of != number))
-    if len(others) > len(own) // 2:
-        others = others[torch.linspace(0, len(others) - 1, len(own) // 2).long()]
-    return torch.cat([own, others]).sort().values
+    if len(others) > len(own) // OTHERS:
+        others = others[torch.linspace(0, len(others) - 1, len(own) // OTHERS).long()]
+    chosen = torch.cat([own, others]).sort().values
+    is_held_out = torch.arange(len(chosen)) % HELD_OUT == HELD_OUT - 1
+    chosen = torch.cat([chosen[~is_held_out], chosen[is_held_out]])
+    is_near = queries.chunk_of[chosen] == queries.chunk_of[own[0]]
+    groups = len(queries.query) // len(evicted.keys)
+
+    def rows(tensor: Tensor) -> Tensor:
+        """[Hq, T, ...] as float32 [Hkv, R, ...], the query heads of a token beside one another."""
+        found = tensor[:, chosen.to(tensor.device)].float()
+        return found.reshape(-1, groups, *found.shape[1:]).transpose(1, 2).flatten(1, 2)
+
+    return Shown(
+        query=rows(queries.query).mul_(queries.scale),
+        lse=rows(queries.lse),
+        seen=with_mass(rows(queries.outputs)),
+        is_near=is_near.repeat_interleave(groups).float().to(evicted.keys.device),
+        num_fitted=int((~is_held_out).sum()) * groups,
+    )

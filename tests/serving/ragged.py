@@ -14,12 +14,13 @@ from conftest import load_real
 from torch import Tensor
 
 import kvzip
-from kvzip.compress import Selection, pack_context
+from kvzip.compress import pack_context
 from kvzip.compressed import CompressedContext
 from kvzip.context import ContextInfo, RaggedContext
 from kvzip.eval.fidelity import Reference, make_reference
 from kvzip.integrations.vllm import offline
 from kvzip.models.cache import model_folder
+from kvzip.selecting import Selection
 
 NEW_TOKENS = 24
 TOP = 50
