@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, articles: list[dict]) -> Made
         text = llm.tokenizer.decode(llm.tokenize(article["text"])[:CONTEXT_LEN])
         context = llm.compress(text, keep_ratio=0.4, certify=False)
         context.save(folder / f"{name}.kvz")
-        questions = [question for question, _ in article["questions"][: 4 if name != "c" else 1]]
+        questions = [question.strip() for question, _ in article["questions"][: 4 if name != "c" else 1]]
         answers = [context.ask(question, max_new_tokens=NEW_TOKENS) for question in questions]
         asked[name] = [Asked(name, q, list(a.token_ids), str(a)) for q, a in zip(questions, answers, strict=True)]
     ids = chat_ids(llm, PLAIN)
