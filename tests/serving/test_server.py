@@ -142,8 +142,9 @@ def serving(store: Path, log: Path) -> Iterator[Server]:
     limits = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            words, stdout=file, stderr=file, env={**os.environ, **limits, **own}, cwd=store.parent
-        )
+            words, stdout=file, stderr=file, env={**os.environ, **limits, **own}, cwd=store.parent,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        )  # fmt: skip
     server = Server(store, port, process, log)
     try:
         end = time.monotonic() + START_S
