@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, articles: list[dict]) -> Made
         text = llm.tokenizer.decode(llm.tokenize(article["text"])[:CONTEXT_LEN])
         context = llm.compress(text, keep_ratio=0.4, certify=False)
         context.save(folder / f"{name}.kvz")
-        questions = [question for question, _ in article["questions"][: 4 if name != "c" else 1]]
+        questions = [question.strip() for question, _ in article["questions"][: 4 if name != "c" else 1]]
         answers = [context.ask(question, max_new_tokens=NEW_TOKENS) for question in questions]
         asked[name] = [Asked(name, q, list(a.token_ids), str(a)) for q, a in zip(questions, answers, strict=True)]
     ids = chat_ids(llm, PLAIN)
@@ -142,8 +142,9 @@ def serving(store: Path, log: Path) -> Iterator[Server]:
     limits = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            words, stdout=file, stderr=file, env={**os.environ, **limits, **own}, cwd=store.parent
-        )
+            words, stdout=file, stderr=file, env={**os.environ, **limits, **own}, cwd=store.parent,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        )  # fmt: skip
     server = Server(store, port, process, log)
     try:
         end = time.monotonic() + START_S
