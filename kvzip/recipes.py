@@ -23,7 +23,7 @@ class Recipe:
 RECIPES = {
     "kvzip:safe": Recipe(f"{MENDED}+k8v4", 0.56, "four times smaller than 16-bit numbers"),
     "kvzip:small": Recipe(PURSUED, 0.4, "eight times smaller"),
-    "kvzip:tiny": Recipe(PURSUED, 0.26, "twelve times smaller, with a loss that is felt"),
+    "kvzip:tiny": Recipe(PURSUED, 0.27, "twelve times smaller, with a loss that is felt"),
 }
 
 
@@ -42,7 +42,7 @@ FRONTIER = (
     Candidate("kvzip", 1.0),
     Candidate("kvzip+k8v4", 1.0),
     *(Candidate(f"{MENDED}+k8v4", ratio) for ratio in (0.8, 0.56)),
-    *(Candidate(PURSUED, ratio) for ratio in (0.65, 0.5, 0.4, 0.32, 0.26, 0.2, 0.15, 0.1)),
+    *(Candidate(PURSUED, ratio) for ratio in (0.65, 0.5, 0.4, 0.32, 0.27, 0.2, 0.15, 0.1)),
 )
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 

@@ -186,7 +186,8 @@ def served(results: list[Result]) -> str:
 
 def refit(results: list[Result]) -> str:
     """Mending against the replay."""
-    head = ["model", "tokens", "keep ratio", "replay", "packing", "with refit", "refit / replay", "into codes / replay"]
+    head = ["model", "tokens", "keep ratio", "replay", "packing", "with refit", "refit / replay", "into codes / replay",
+            "with pursued keys / replay"]  # fmt: skip
     rows = [
         [
             *subject(r),
@@ -196,6 +197,7 @@ def refit(results: list[Result]) -> str:
             seconds(r, "refit_s"),
             times(r, "refit_over_replay"),
             times(r, "coded_over_replay"),
+            times(r, "pursued_over_replay"),
         ]
         for r in results
     ]

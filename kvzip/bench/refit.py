@@ -16,7 +16,7 @@ METHOD = "kvzip+floored"
 def bench_refit(
     llm: LLM, context_len: int, keep_ratio: float, num_runs: int = 3, text_path: str | None = None
 ) -> dict[str, Any]:
-    """A replay, packing alone, packing with `refit`, and packing with `refit` into codes, on one prefill, in turn.
+    """A replay, packing alone, with `refit`, with `refit` into codes, and with pursued keys, on one prefill, in turn.
 
     Figures: seconds of each; `refit_over_replay` = (packing with refit - packing alone) / replay.
     """
@@ -39,14 +39,13 @@ def bench_refit(
         "pack_s": lambda: pack(METHOD),
         "refit_s": lambda: pack(f"{METHOD}+refit"),
         "coded_s": lambda: pack(f"{METHOD}+refit+int4"),
+        "pursued_s": lambda: pack(f"{METHOD}+refit:keys=pursued"),
     }
     samples = paired(num_runs, works, warmup=0)
-    extra, coded = (
-        [a - b for a, b in zip(samples[name], samples["pack_s"], strict=True)] for name in ("refit_s", "coded_s")
-    )
-    figures = {
-        **samples,
-        "refit_over_replay": ratios(extra, samples["replay_s"]),
-        "coded_over_replay": ratios(coded, samples["replay_s"]),
-    }
+
+    def over_replay(name: str) -> list[float]:
+        extra = [a - b for a, b in zip(samples[f"{name}_s"], samples["pack_s"], strict=True)]
+        return ratios(extra, samples["replay_s"])
+
+    figures = samples | {f"{name}_over_replay": over_replay(name) for name in ("refit", "coded", "pursued")}
     return report("refit", llm, full._full.context_ids.numel(), keep_ratio, text_path, figures)

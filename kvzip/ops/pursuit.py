@@ -22,25 +22,23 @@ def pursue(gram: Tensor, took: Tensor, counts: Sequence[int]) -> Tensor:
     gram: [B, m, m] of the columns with themselves.  took: [B, m, r], of these with the targets.  counts: at most the
     columns of each system; zeros behind these are never taken.  float32.
     """
-    systems, (size, most) = torch.arange(len(gram)), (gram.shape[1], max(counts))
-    left, diagonal = took.clone(), gram.diagonal(dim1=1, dim2=2).clone()
-    ridge = RIDGE * diagonal.sum(1) / (diagonal > 0).sum(1).clamp_min(1)
-    diagonal += ridge.unsqueeze(1)
-    rows = gram.new_zeros(len(gram), most, size)  # of the factor
-    taken = torch.zeros(len(gram), size, dtype=torch.bool, device=gram.device)
-    wanted = torch.tensor(counts)
-    for step in range(most):
-        gain = (left.square().sum(2) / diagonal).masked_fill_(taken, -1)
-        best = gain.argmax(1)
-        root = diagonal[systems, best].sqrt()
-        before = rows[systems, :step, best].unsqueeze(1) @ rows[:, :step]
-        row = (gram[systems, best] - before.squeeze(1)) / root.unsqueeze(1)
-        left -= row.unsqueeze(2) * (left[systems, best] / root.unsqueeze(1)).unsqueeze(1)
-        diagonal = (diagonal - row.square()).maximum(ridge.unsqueeze(1))
-        rows[:, step] = row
-        open_ = systems[wanted > step]
-        taken[open_, best[open_]] = True
-    return taken
+    order = sorted(range(len(counts)), key=lambda number: -counts[number])  # so that those that go on stand first
+    gram, left, diagonal = gram[order], took[order], gram.diagonal(dim1=1, dim2=2)[order]
+    ridge = (RIDGE * diagonal.sum(1) / (diagonal > 0).sum(1).clamp_min(1)).unsqueeze(1)
+    diagonal = diagonal + ridge
+    rows = gram.new_zeros(len(gram), max(counts), gram.shape[1])  # of the factor
+    taken = torch.zeros_like(diagonal, dtype=torch.bool)
+    for step in range(max(counts)):
+        here = torch.arange(sum(count > step for count in counts))
+        own, open_ = diagonal[: len(here)], left[: len(here)]  # views
+        best = (open_.square().sum(2) / own).masked_fill_(taken[: len(here)], -1).argmax(1)
+        taken[here, best] = True
+        root = own[here, best].sqrt().unsqueeze(1)
+        before = rows[here, :step, best].unsqueeze(1) @ rows[: len(here), :step]
+        row = rows[: len(here), step] = (gram[here, best] - before.squeeze(1)) / root
+        open_.baddbmm_(row.unsqueeze(2), (open_[here, best] / root).unsqueeze(1), alpha=-1)
+        torch.maximum(own.sub_(row.square()), ridge[: len(here)], out=own)
+    return torch.zeros_like(taken).index_copy_(0, torch.tensor(order), taken)
 
 
 def principal(targets: Tensor) -> Tensor:
