@@ -163,8 +163,9 @@ def test_a_tiny_model_is_searched_with_one_replay(family: str) -> None:
     assert stages.count("prefill") and stages.count("score")
     again = llm.compress(TEXT, max_loss=1e-4)
     assert again.data.info.method == found.data.info.method and again.data.kv_nbytes == found.data.kv_nbytes
-    small = llm.compress(TEXT, max_bytes=found.data.kv_nbytes // 2)
-    assert small.data.kv_nbytes <= found.data.kv_nbytes // 2
+    limit = found.data.kv_nbytes * 3 // 4  # scales for 128 pairs take more than half of what so few pairs do
+    small = llm.compress(TEXT, max_bytes=limit)
+    assert small.data.kv_nbytes <= limit
 
 
 @pytest.mark.real
