@@ -22,7 +22,10 @@ NUM_DECODING, NUM_DECODED = 8, 64  # questions over two contexts, and tokens of 
 NUM_DIFFERENT = 12  # contexts that differ, where requests in flight are counted
 QUESTION = "What does the text say about number {}?"
 USAGE, RUNNING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running"
-OPTIONS: dict[str, Any] = {"enforce_eager": True, "block_size": BLOCK, "max_num_seqs": 16}
+POOL = 2 << 30  # bytes of the KV pool
+OPTIONS: dict[str, Any] = {
+    "enforce_eager": True, "block_size": BLOCK, "max_num_seqs": 16, "kv_cache_memory_bytes": POOL,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

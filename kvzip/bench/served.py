@@ -23,7 +23,9 @@ from kvzip.store import portable
 RAGGED, PORTABLE = (0.5, 0.3), (0.7, 0.5)
 NUM_QUESTIONS, NUM_NEW = 5, 16
 TOP, SEEN = 50, 1000  # likeliest tokens that are compared, and among how many of the other's they are looked for
-OPTIONS: dict[str, Any] = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 16, "max_logprobs": SEEN}
+OPTIONS: dict[str, Any] = {
+    "enforce_eager": True, "block_size": 32, "max_num_seqs": 16, "max_logprobs": SEEN, "kv_cache_memory_bytes": 2 << 30,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
