@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,19 +137,10 @@ def _in_small_pool(hf: LLM, texts: Texts) -> dict[str, list[float]]:
     num_blocks = 1 - -longest // BLOCK
     room = {"num_gpu_blocks_override": num_blocks, "max_model_len": (num_blocks - 1) * BLOCK}
     found = {}
-    with engine(
-        hf.model.config.name_or_path, kv_transfer_config=transfer_config(texts.store), **OPTIONS, **room
-    ) as llm:
-        for is_plain in (True, False):
+    with _engine(hf, texts, **room) as llm:
+        for is_plain, count in ((True, 2), (False, NUM_DIFFERENT)):
             with Peaks(llm, RUNNING) as peaks:
-                _ask(
-                    llm,
-                    texts,
-                    names[: 2 if is_plain else NUM_DIFFERENT],
-                    2 if is_plain else NUM_DIFFERENT,
-                    NUM_NEW,
-                    is_plain,
-                )
+                _ask(llm, texts, names[:count], count, NUM_NEW, is_plain)
             found[is_plain] = peaks.found[RUNNING]
     return {
         "in_flight": [found[False]],
@@ -174,20 +165,15 @@ def _without_plugins() -> Iterator[None]:
 def _beside_stock(hf: LLM, texts: Texts, num_runs: int) -> dict[str, list[float]]:
     """Plain prompts on an engine with contexts and on a stock one, which both are there all the time."""
     longest = len(texts.prompts["once"]) + max(map(len, texts.asked)) + NUM_DECODED
-    with _engine(hf, texts, max_model_len=longest) as ours:
+    with ExitStack() as stack:
+        ours = stack.enter_context(_engine(hf, texts, max_model_len=longest))
         with _without_plugins():
-            stock = engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS)
-            other = stock.__enter__()
-        try:
-            samples = paired(
-                num_runs,
-                {
-                    "stock": lambda: timed(lambda: _ask(other, texts, ["once"], NUM_ASKED, NUM_DECODED, True))[0],
-                    "plugin": lambda: timed(lambda: _ask(ours, texts, ["once"], NUM_ASKED, NUM_DECODED, True))[0],
-                },
-            )
-        finally:
-            stock.__exit__(None, None, None)
+            stock = stack.enter_context(engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS))
+
+        def plain(llm: Any) -> float:
+            return timed(lambda: _ask(llm, texts, ["once"], NUM_ASKED, NUM_DECODED, True))[0]
+
+        samples = paired(num_runs, {"stock": lambda: plain(stock), "plugin": lambda: plain(ours)})
     return {
         "plugin_plain_s": samples["plugin"],
         "stock_plain_s": samples["stock"],

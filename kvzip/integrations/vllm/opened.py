@@ -77,9 +77,8 @@ def first_head(rank: Rank, shape: LayerShape) -> int:
     return rank.index * shape.num_kv_heads
 
 
-Held: TypeAlias = (
-    "dict[int, Any] | PortableContext"  # layers as their attention holds them, or all of a portable context
-)
+# What a worker keeps: its layers as their attention holds them, or all of a portable context.
+Held: TypeAlias = "dict[int, Any] | PortableContext"
 
 
 def open_context(path: str, key: str, rank: Rank) -> Held:
