@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 MAX_BIAS = 3.0  # weights lie in [exp(-3), exp(3)]: beyond that a fit is of noise
 LEAST_WEIGHT = math.exp(-MAX_BIAS)
 RIDGES = (0.02, 0.5)  # of the mean diagonal of the normal equations, tried in turn
+ENOUGH = 0.5  # of the held-out loss without a fit: where a ridge leaves less, those behind it are not tried
 HELD_OUT = 8  # of so many queries one is kept from the fit and judges it
 LEAST_ATTENTION = 1e-30  # sum of squares of the kept columns; below it least squares have nothing to go by
 MAX_STEPS = 30  # of projected gradients, where a bound is reached
@@ -56,7 +58,12 @@ class Block:
     def loss(self, fit: Fit) -> float:
         """Mean squared error of what attention puts out, over all that is seen, with the block as fitted."""
         found = self.beside + self.kept @ (with_mass(fit.values) * fit.weights.unsqueeze(1))
-        return float((_per_mass(found) - _per_mass(self.beside + self.took)).square().sum(dim=1).mean())
+        return float((_per_mass(found) - self.outputs).square().sum(dim=1).mean())
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """What attention put out before, over all that is seen: [R, D]."""
+        return _per_mass(self.beside + self.took)
 
 
 def with_mass(values: Tensor) -> Tensor:
@@ -134,9 +141,9 @@ def _within_bounds(system: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     step = 1 / system.abs().sum(dim=1).max()  # no eigenvalue is larger
     weights = ahead = weights.clamp(LEAST_WEIGHT, 1 / LEAST_WEIGHT)
     for number in range(MAX_STEPS):
-        new = (ahead - step * (system @ ahead - target)).clamp(LEAST_WEIGHT, 1 / LEAST_WEIGHT)
-        ahead = new + number / (number + 3) * (new - weights)
-        weights = new
+        slope = torch.addmv(target, system, ahead, beta=-1)
+        new = torch.addcmul(ahead, step, slope, value=-1).clamp_(LEAST_WEIGHT, 1 / LEAST_WEIGHT)
+        ahead, weights = torch.lerp(weights, new, 1 + number / (number + 3)), new
     return weights
 
 
@@ -156,6 +163,12 @@ def refit(fitted: Block, judge: Block, values: Tensor, read_back: Rounding | Non
         return judge.loss(fit if read_back is None else Fit(fit.weights, read_back(fit.values)))
 
     plain = loss(Fit(torch.ones(len(values), device=values.device), values))
-    fits = [moments.fit(values, ridge) for ridge in RIDGES]
-    least, best = min(((loss(fit), number) for number, fit in enumerate(fits)))
-    return fits[best] if least < plain else None
+    best, least = None, plain
+    for ridge in RIDGES:
+        fit = moments.fit(values, ridge)
+        left = loss(fit)
+        if left < least:
+            best, least = fit, left
+        if least < ENOUGH * plain:
+            break
+    return best
