@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,32 +151,51 @@ def _in_small_pool(hf: LLM, texts: Texts) -> dict[str, list[float]]:
 
 
 @contextmanager
-def _without_plugins() -> Iterator[None]:
-    before = os.environ.get("VLLM_PLUGINS")
-    os.environ["VLLM_PLUGINS"] = ""
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["VLLM_PLUGINS"]
-        else:
-            os.environ["VLLM_PLUGINS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _beside_stock(hf: LLM, texts: Texts, num_runs: int) -> dict[str, list[float]]:
-    """Plain prompts on an engine with contexts and on a stock one, which both are there all the time."""
+    """Plain prompts on an engine with contexts and on a stock one, both alive; again with the other one started first.
+
+    Both compute on every core: left to itself vLLM sets cores aside, and of two cores one more without a connector.
+    """
     longest = len(texts.prompts["once"]) + max(map(len, texts.asked)) + NUM_DECODED
-    with ExitStack() as stack:
-        ours = stack.enter_context(_engine(hf, texts, max_model_len=longest))
-        with _without_plugins():
-            stock = stack.enter_context(engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS))
+    samples: dict[str, list[float]] = {"plugin": [], "stock": []}
 
-        def plain(llm: Any) -> float:
-            return timed(lambda: _ask(llm, texts, ["once"], NUM_ASKED, NUM_DECODED, True))[0]
+    def plain(llm: Any) -> float:
+        return timed(lambda: _ask(llm, texts, ["once"], NUM_ASKED, NUM_DECODED, True))[0]
 
-        samples = paired(num_runs, {"stock": lambda: plain(stock), "plugin": lambda: plain(ours)})
+    for names in (("plugin", "stock"), ("stock", "plugin")):
+        with ExitStack() as stack:
+            stack.enter_context(_environment(VLLM_CPU_NUM_OF_RESERVED_CPU="0"))
+            engines = {}
+            for name in names:
+                started = _engine(hf, texts, max_model_len=longest) if name == "plugin" else _stock(hf, longest)
+                engines[name] = stack.enter_context(started)
+            works: dict[str, Callable[[], float]] = {name: partial(plain, llm) for name, llm in engines.items()}
+            for name, found in paired(num_runs, works).items():
+                samples[name] += found
     return {
         "plugin_plain_s": samples["plugin"],
         "stock_plain_s": samples["stock"],
         "plugin_ratio": ratios(samples["plugin"], samples["stock"]),
     }
+
+
+@contextmanager
+def _stock(hf: LLM, longest: int) -> Iterator[Any]:
+    with (
+        _environment(VLLM_PLUGINS=""),
+        engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS) as llm,
+    ):
+        yield llm
