@@ -220,8 +220,8 @@ def serve(results: list[Result]) -> str:
         "the prefix cache. In flight: requests that run at a time, each with a text of its own, in a pool that holds "
         "one plain prompt. First token: of a context that no worker has open. Decoding: eight questions over two "
         "contexts of twice that length, 64 tokens each, the plain prompts' prefix being cached. Plain: seconds of "
-        "prompts without a context on an engine with the plugin over those on stock vLLM, each on all cores; half of the "
-        "runs with either started first, as the second is the faster one even of two that are alike.",
+        "prompts without a context on an engine with the plugin over those on stock vLLM, each on all cores; either is "
+        "started first in half of the runs, as the second is the faster one even of two that are alike.",
         head,
         rows,
     )
