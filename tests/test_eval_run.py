@@ -21,7 +21,7 @@ from kvzip.eval.plots import save_pictures
 from kvzip.eval.questions import ask_full
 from kvzip.eval.run import evaluate, read_rows
 from kvzip.eval.settings import EvalSettings, hash_of
-from kvzip.eval.summary import summarize
+from kvzip.eval.summary import Line, less_text, summarize
 from kvzip.eval.tasks import get_task
 from kvzip.eval.tasks.base import Question, choose
 from kvzip.recipes import RECIPES
@@ -113,6 +113,9 @@ def test_a_method_that_decides_how_much_to_keep_is_measured_once(tiny: kvzip.LLM
     assert f"{own[0]['keep_ratio']:.3f}" in report_page(header, failed)
     assert len(save_pictures(summarize(failed), failed, tmp_path)) == 3
     assert "| own |" in section(header, failed, {})
+    assert less_text(Line("niah", "x", 0.3, nbytes=2.0, full_nbytes=48.0), "float32") == "12.0x"
+    assert less_text(Line("niah", "x", 0.3, nbytes=2.0, full_nbytes=48.0), "bfloat16") == "24.0x"
+    assert less_text(Line("niah", "x", 0.3), "float32") == "-", "a line without a result"
     (same,) = [found for found in compare(rows, rows) if found.method.startswith("refreekv")]
     assert same.keep_ratio is None and same.change == 0
 

@@ -9,6 +9,7 @@ from kvzip.eval.summary import (
     Line,
     kept_text,
     kl_text,
+    less_text,
     mib_text,
     nearest_by_bytes,
     percent,
@@ -32,11 +33,11 @@ def section(header: Row, rows: list[Row], pictures: dict[str, str]) -> str:
     num_methods = len({line.method for line in lines} - {FULL})
     parts = [f"## Answers: {config['model']}, {', '.join(config['tasks'])}, {num_methods} methods\n"]
     for label in labels:
-        parts.append(_task(label, [line for line in lines if line.task == label], pictures))
+        parts.append(_task(label, [line for line in lines if line.task == label], config["dtype"], pictures))
     return "\n".join([*parts, _losses(lines), _origin(header)])
 
 
-def _task(label: str, lines: list[Line], pictures: dict[str, str]) -> str:
+def _task(label: str, lines: list[Line], dtype: str, pictures: dict[str, str]) -> str:
     full = next((line for line in lines if line.method == FULL), None)
     if full is None or full.score is None:
         return f"### {label}\n\nNot measured: see the gaps in the result file.\n"
@@ -53,18 +54,23 @@ def _task(label: str, lines: list[Line], pictures: dict[str, str]) -> str:
     task = label.partition("/")[0]
     names = [f"{stem}-curves", *([f"{task}-needles", f"{task}-kept"] if stem == task else [])]
     shown = [f"![{name}]({pictures[name]})\n" for name in names if name in pictures]
-    return "\n".join([f"### {label}\n", text, score, loss, _by_bytes(methods), *shown])
+    return "\n".join([f"### {label}\n", text, score, loss, _by_bytes(methods, dtype), *shown])
 
 
-def _by_bytes(methods: list[Line]) -> str:
+def _by_bytes(methods: list[Line], dtype: str) -> str:
     """What to take at equal bytes."""
     text = (
         "At equal bytes: the lines that no other beats, each nearer to the full cache by KL than all that take as few "
-        "bytes or fewer. Codes, scales, offsets and prefix count; shares are of the full cache in the run's dtype.\n"
+        "bytes or fewer. Codes, scales, offsets and prefix count; shares are of the full cache in the run's dtype, the "
+        "column after them compares with one of 16-bit numbers.\n"
     )
-    head = "| method | keep ratio | KV memory (of full) | KL | score (%) |\n| --- | --- | --- | --- | --- |"
+    head = (
+        "| method | keep ratio | KV memory (of full) | less than 16-bit | KL | score (%) |\n"
+        "| --- | --- | --- | --- | --- | --- |"
+    )
     body = [
-        f"| {line.method} | {kept_text(line, 3)} | {mib_text(line)} | {kl_text(line)} | {_score(line)} |"
+        f"| {line.method} | {kept_text(line, 3)} | {mib_text(line)} | {less_text(line, dtype)} | {kl_text(line)} "
+        f"| {_score(line)} |"
         for line in nearest_by_bytes(methods)
     ]
     return "\n".join([text, head, *body, ""])

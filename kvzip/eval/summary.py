@@ -12,6 +12,7 @@ from kvzip.eval.settings import FULL
 
 Row = dict[str, Any]
 Key = tuple[str, str, float | None]  # task (and part), method, keep ratio asked
+NUM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,13 @@ def mib_text(line: Line) -> str:
     if line.nbytes is None or not line.full_nbytes:
         return "-"
     return f"{line.nbytes / 2**20:.1f} MiB ({100 * line.nbytes / line.full_nbytes:.0f}%)"
+
+
+def less_text(line: Line, dtype: str) -> str:
+    """How many times less its contexts take than full caches of 16-bit numbers would, "12.1x".  dtype: of the run."""
+    if not line.nbytes or not line.full_nbytes or dtype not in NUM_BITS:
+        return "-"
+    return f"{line.full_nbytes * 16 / NUM_BITS[dtype] / line.nbytes:.1f}x"
 
 
 def kl_text(line: Line) -> str:
