@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvzip.chunks import equal_parts
 from kvzip.compress import Engine, FullContext
 from kvzip.context import RaggedContext
 from kvzip.hf.cache import SessionCache
@@ -37,7 +38,7 @@ T_QUANTILES = (
     6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782,
     1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725, 1.721, 1.717, 1.714,
 )  # fmt: skip
-ROWS = 24  # tokens compared at a time: two rows of the vocabulary each, and the head's weights are read once for all
+ROWS = 36  # tokens compared at a time: two rows of the vocabulary each, and the head's weights are read once for all
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ class Compared:
 def compare(engine: Engine, full: Tensor, compressed: Tensor, expected: Tensor) -> Compared:
     """full, compressed: final hidden states [n, E].  expected: [n], the text's own tokens."""
     columns: list[list[Tensor]] = [[], [], [], []]
-    for start in range(0, len(expected), ROWS):
-        part = slice(start, start + ROWS)
+    for part in equal_parts(slice(0, len(expected)), ROWS):
         first, second = log_probs(engine.model, torch.cat([full[part], compressed[part]])).chunk(2)
         best, other, own = first.argmax(-1).cpu(), second.argmax(-1).cpu(), expected[part]
         kl = torch.linalg.vecdot(first.exp(), first.sub_(second)).double().cpu()

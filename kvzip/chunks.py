@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,3 +70,11 @@ def fit_chunk_len(
             f"shorten the text by {least - room} tokens, or take another model"
         )
     return room * 2 // 3  # the last chunk may be half as long again
+
+
+def equal_parts(chunk: slice, most: int) -> list[slice]:
+    """A chunk in as few equal parts as have at most that many tokens each; a token more or less."""
+    total = chunk.stop - chunk.start
+    count = math.ceil(total / most)
+    bounds = [chunk.start + total * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kvzip.chunks import equal_parts
 from kvzip.scorers.base import Observation, Observer, Shape
 
 BLOCK_LEN = 512  # tokens that are fitted at a time: the cost of a fit grows with the square of it
@@ -78,11 +78,3 @@ class ReplayedQueries(Observer):
 
 def _in_16_bits(rows: Tensor) -> Tensor:
     return rows.half() if rows.dtype == torch.float32 else rows.clone()
-
-
-def equal_parts(chunk: slice, most: int) -> list[slice]:
-    """A chunk in as few equal parts as have at most that many tokens each; a token more or less."""
-    total = chunk.stop - chunk.start
-    count = math.ceil(total / most)
-    bounds = [chunk.start + total * i // count for i in range(count + 1)]
-    return [slice(*pair) for pair in pairwise(bounds)]

@@ -16,12 +16,13 @@ from torch import Tensor
 
 import kvzip
 from kvzip.backends.reference import ReferenceBackend
+from kvzip.chunks import equal_parts
 from kvzip.errors import UnknownNameError
 from kvzip.methods import parse_method
 from kvzip.ops.attention import attend
 from kvzip.ops.refit import HELD_OUT, Block, refit, with_mass
 from kvzip.ops.rope import shift_keys
-from kvzip.replayed import ReplayedQueries, equal_parts
+from kvzip.replayed import ReplayedQueries
 from kvzip.scorers import SCORERS
 from kvzip.scorers.base import BaseScorer, Observation, Observer, Shape
 from kvzip.transforms.refit import Whole
