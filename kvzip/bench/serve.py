@@ -177,11 +177,15 @@ def _beside_stock(hf: LLM, texts: Texts, num_runs: int) -> dict[str, list[float]
 
     for names in (("plugin", "stock"), ("stock", "plugin")):
         with ExitStack() as stack:
-            stack.enter_context(_environment(VLLM_CPU_NUM_OF_RESERVED_CPU="0"))
             engines = {}
             for name in names:
-                started = _engine(hf, texts, max_model_len=longest) if name == "plugin" else _stock(hf, longest)
-                engines[name] = stack.enter_context(started)
+                if name == "plugin":
+                    starting, without = _engine(hf, texts, max_model_len=longest), {}
+                else:
+                    starting = engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS)
+                    without = {"VLLM_PLUGINS": ""}
+                with _environment(VLLM_CPU_NUM_OF_RESERVED_CPU="0", **without):  # while it starts, not for the next one
+                    engines[name] = stack.enter_context(starting)
             works: dict[str, Callable[[], float]] = {name: partial(plain, llm) for name, llm in engines.items()}
             for name, found in paired(num_runs, works).items():
                 samples[name] += found
@@ -190,12 +194,3 @@ def _beside_stock(hf: LLM, texts: Texts, num_runs: int) -> dict[str, list[float]
         "stock_plain_s": samples["stock"],
         "plugin_ratio": ratios(samples["plugin"], samples["stock"]),
     }
-
-
-@contextmanager
-def _stock(hf: LLM, longest: int) -> Iterator[Any]:
-    with (
-        _environment(VLLM_PLUGINS=""),
-        engine(_folder(hf), max_model_len=longest, dtype=hf.dtype_name, **OPTIONS) as llm,
-    ):
-        yield llm
