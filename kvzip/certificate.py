@@ -1,8 +1,9 @@
 """A measured statement of what a compressed context lost, from parts of its text that the model is made to write again.
 
 The probe is one row of tokens behind the context: what opens the model's turn, and then spans of the text one after
-another, each from a place of its own. Both caches are shown it, teacher-forced, in one forward pass each. The first
-tokens of a span say which place is meant; at the others the distributions of the next token are compared.
+another, each from a place of its own. Both caches are shown it, teacher-forced, side by side in one forward pass, or
+in one each where the full cache has to give way first. The first tokens of a span say which place is meant; at the
+others the distributions of the next token are compared.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from kvzip.compress import Engine, FullContext
 from kvzip.context import RaggedContext
 from kvzip.hf.cache import SessionCache
 from kvzip.hf.head import head_cost, log_probs
+from kvzip.hf.pair import hidden_behind_both
 from kvzip.hf.prefill import forward_at, hidden_behind
 from kvzip.progress import Progress, silent
 
-MAX_COST = 0.25  # of the prefill, for both passes
+MAX_COST = 0.25  # of the prefill, for both caches
+BOTH_LEN = 4096  # tokens of prefix and context up to which both caches may be held at a time
 EFFICIENCY = 0.6  # of a pass over few tokens, against one over a block of the prefill: measured, docs/log.md
 SPAN_LEN, OPENING_LEN = 10, 3  # tokens of a span, and how many of them open it
 MIN_SPANS, MAX_SPANS = 2, 24
@@ -96,7 +99,7 @@ def num_spans_within(num_read: int, before_len: int, room: float, head: float) -
 class Certifier:
     """Measures any number of compressed contexts of one text against its full cache.
 
-    The full cache is asked once, by `ask_full`, and may be given back then: of its answer the final hidden states
+    Where the full cache has to be given back before, `ask_full` asks it alone: of its answer the final hidden states
     [n, E] are kept, nothing of the length of the context or of the vocabulary.
     """
 
@@ -108,8 +111,17 @@ class Certifier:
         """What both caches are shown; None where there is no room for it."""
         return probe_of(self.full)
 
+    def let_go(self, progress: Progress = silent) -> bool:
+        """Whether packing may give the full cache back before `certify`.
+
+        That of a long text is asked now, alone; that of a short one stays, to be asked beside what becomes of it.
+        """
+        if self.full.length > BOTH_LEN:
+            self.ask_full(progress)
+        return self.probe is None or bool(self._found.numel())
+
     def ask_full(self, progress: Progress = silent) -> None:
-        """Show the probe to the full cache, where that was not done yet."""
+        """Show the probe to the full cache alone, where that was not done yet."""
         if self.probe is None or self._found.numel():
             return
         started = time.perf_counter()
@@ -120,21 +132,29 @@ class Certifier:
         self._full_s = time.perf_counter() - started
 
     def certify(self, context: RaggedContext, progress: Progress = silent) -> dict[str, Any] | None:
-        """The statement of a context of this text. `ask_full` came before.
+        """The statement of a context of this text.
 
         None where the text is too short for one, or where the model's own numbers are not finite.
         """
         if self.probe is None:
             return None
-        assert self._found.numel()
-        started, engine, num_tokens = time.perf_counter(), self.full.engine, len(self.probe.ids)
-        progress("certify", num_tokens, 2 * num_tokens)
+        started, num_tokens = time.perf_counter(), len(self.probe.ids)
+        progress("certify", num_tokens if self._found.numel() else 0, 2 * num_tokens)
         with torch.inference_mode():
-            hidden = forward_at(engine.model, self.probe.ids, 0, SessionCache(context, engine.backend))
-            found = compare(engine, self._found, hidden[self.probe.asked.to(hidden.device)], self.probe.expected)
+            found = compare(self.full.engine, *self._hidden(self.probe, context), self.probe.expected)
         progress("certify", 2 * num_tokens, 2 * num_tokens)
         loss = statement(found, self.probe.span_of, self._full_s + time.perf_counter() - started)
         return loss if math.isfinite(loss["kl"]) else None
+
+    def _hidden(self, probe: Probe, context: RaggedContext) -> tuple[Tensor, Tensor]:
+        """The final hidden states [n, E] of the full and of the compressed cache where something is asked."""
+        engine = self.full.engine
+        model, session = engine.model, SessionCache(context, engine.backend)
+        asked = probe.asked.to(model.device)
+        if self._found.numel():
+            return self._found, forward_at(model, probe.ids, 0, session)[asked]
+        full, compressed = hidden_behind_both(model, probe.ids, self.full.cache, session)
+        return full[asked], compressed[asked]
 
 
 def probe_of(full: FullContext) -> Probe | None:

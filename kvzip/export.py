@@ -80,9 +80,9 @@ def _read_again(
     full = FullContext(llm.engine(), context.prefix_ids.long(), context.context_ids.long())
     full.prefill(progress=progress)
     certifier = Certifier(full) if certify else None
-    if certifier is not None:
-        certifier.ask_full(progress)  # now: packing gives the full cache back
-    data = pack_context(full, Selection(mask, None), context.info, release=True)
+    release = certifier is None or certifier.let_go(progress)
+    data = pack_context(full, Selection(mask, None), context.info, release=release)
     loss = None if certifier is None else certifier.certify(data, progress)
+    full.cache.release()
     release_freed()
     return data, loss, full.prefill_s

@@ -94,20 +94,20 @@ class Prefilled:
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
         certifier = self._certifier if options.certify else None
-        if certifier is not None:
-            certifier.ask_full(progress)  # now: packing may release the full cache
         queries = None
         if method.needs_queries and not (selection.mask.all() and not any(t.stores_codes for t in transforms)):
             queries, replay_s = self._replayed(options, progress)
             info = replace(info, score_s=score_s + replay_s)
             selection = self._full.reselect(selection, queries, transforms)
+        early = release and (certifier is None or certifier.let_go(progress))
         data = pack_context(
-            self._full, selection, info, queries=queries, transforms=transforms, fetch=fetch, release=release
+            self._full, selection, info, queries=queries, transforms=transforms, fetch=fetch, release=early
         )
         if data.is_fetched:
             data = store.mapped(data, cache_dir() / "mapped")
         loss = None if certifier is None else certifier.certify(data, progress)
         if release:
+            self._full.cache.release()
             release_freed()  # without it the C library may keep what the full cache took
         spent_s = info.prefill_s + info.score_s + (loss["seconds"] if loss else 0.0)
         total_s = spent_s if started is None else time.perf_counter() - started

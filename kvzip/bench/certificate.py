@@ -35,7 +35,7 @@ def bench_certificate(llm: LLM, context_len: int, num_texts: int, text_path: str
     KL(full || compressed) in nats over the full cache's greedy answers.  Figures: `spearman`, of the certificate's KL
     and the true one over texts and keep ratios of kvzip; `spearman_methods`, over all texts, methods and ratios;
     `spearman_within`, over methods and ratios of each text; `certified_kl` and `true_kl` of each cell, and their ratio;
-    `bound_holds`, 1 where the true one is below the bound, else 0; `cost_over_prefill`, of both passes, by the clock.
+    `bound_holds`, 1 where the true one is below the bound, else 0; `cost_over_prefill`, of measuring, by the clock.
     Raises InputError for a file with too few texts.
     """
     rows = [row for sample in samples_of(llm, context_len, num_texts, text_path) for row in _measure(llm, sample)]

@@ -8,7 +8,7 @@ cover the new tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -308,6 +308,11 @@ class PrefillCache(Cache):
         """Tokens read so far."""
         return int(self.layers[0].length)
 
+    def release(self) -> None:
+        """Give the memory of all layers back."""
+        for layer in self.stored.values():
+            layer.release()
+
     def set_replay(self, replay: Replay | None) -> None:
         """Attend without appending, shown to `replay.observe`; None goes back to appending."""
         for layer in self.stored.values():
@@ -344,13 +349,20 @@ def replay(model: PreTrainedModel, ids: Tensor, cache: PrefillCache, how: Replay
         cache.set_replay(None)
 
 
-def hidden_behind(model: PreTrainedModel, ids: Tensor, cache: PrefillCache) -> Tensor:
-    """The final hidden states [T, E] of `ids` [T] behind the whole context; they leave nothing behind."""
+@contextmanager
+def behind_all(cache: PrefillCache) -> Iterator[None]:
+    """Tokens that are run meanwhile stand behind the whole context, and leave nothing behind."""
     cache.set_replay(Replay(0, 0, cache.length, lambda layer, seen: None, last=-1))
     try:
-        return forward_at(model, ids, cache.length, cache)
+        yield
     finally:
         cache.set_replay(None)
+
+
+def hidden_behind(model: PreTrainedModel, ids: Tensor, cache: PrefillCache) -> Tensor:
+    """The final hidden states [T, E] of `ids` [T] behind the whole context; they leave nothing behind."""
+    with behind_all(cache):
+        return forward_at(model, ids, cache.length, cache)
 
 
 def read_watched(model: PreTrainedModel, ids: Tensor, position: int, cache: PrefillCache) -> None:
@@ -364,14 +376,19 @@ def forward_at(model: PreTrainedModel, ids: Tensor, position: int, cache: Cache)
 
     Returns the final hidden states [T, E].
     """
-    positions = torch.arange(position, position + ids.numel(), device=model.device).unsqueeze(0)
+    return forward_rows(model, ids.unsqueeze(0), (position,), cache)[0]
+
+
+def forward_rows(model: PreTrainedModel, ids: Tensor, positions: Sequence[int], cache: Cache) -> Tensor:
+    """The same of rows `ids` [B, T] in one pass, whose first tokens have these positions: [B, T, E]."""
+    first = torch.tensor(positions, device=model.device).unsqueeze(1)
     outputs = model.get_decoder()(
-        input_ids=ids.to(model.device).unsqueeze(0),
-        position_ids=positions,
+        input_ids=ids.to(model.device),
+        position_ids=first + torch.arange(ids.shape[1], device=model.device),
         past_key_values=cache,
         use_cache=True,
     )
-    hidden: Tensor = outputs.last_hidden_state[0]
+    hidden: Tensor = outputs.last_hidden_state
     return hidden
 
 
