@@ -13,7 +13,7 @@ from kvzip.fetch import FETCHES, fetch_class
 from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
 from kvzip.recipes import RECIPES
 from kvzip.scorers import SCORERS, scorer_class
-from kvzip.transforms import TRANSFORMS, transform_class
+from kvzip.transforms import TRANSFORMS, get_transform, transform_class
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Method:
     @property
     def needs_queries(self) -> bool:
         """Whether a transform is to be shown queries of the replay."""
-        return any(transform_class(part.name).needs_queries for part in self.transforms)
+        return any(get_transform(part).needs_queries for part in self.transforms)
 
     @property
     def composition(self) -> str:
@@ -174,7 +174,8 @@ def parse_method(text: str) -> Method:
     coding = [part.name for part in in_order if transform_class(part.name).stores_codes]
     if len(coding) > 1:
         raise InputError(f"method {text!r} can't be: {' and '.join(coding)} both decide the bits; leave one out")
-    behind = [p.name for p in in_order if transform_class(p.name).needs_scores or transform_class(p.name).needs_queries]
+    kinds = {part.name: transform_class(part.name) for part in in_order}
+    behind = [name for name, kind in kinds.items() if kind.needs_scores or kind.needs_queries]
     if scorer is None and behind:
         raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before {behind[0]!r}")
     keep_ratio = next((RECIPES[word].keep_ratio for word in words if word in RECIPES), None)

@@ -23,7 +23,8 @@ class LayerQueries:
     query: [Hq, T, D], rotated, at their true positions, in 16 bits.  outputs: [Hq, T, D] in 16 bits and lse: [Hq, T]
     float32, over prefix, the chunk that each repeats, and the replayed tokens before it.  blocks: parts of the context,
     consecutive, all of it; none reaches beyond a chunk.  block_of, chunk_of: [T] int64, which of these each query
-    repeats.  scale, softcap: the model's own.
+    repeats.  place_of: [T] int64, where each stood behind prefix and context, from 0 on.  scale, softcap: the model's
+    own.
     """
 
     query: Tensor
@@ -31,6 +32,7 @@ class LayerQueries:
     lse: Tensor
     block_of: Tensor
     chunk_of: Tensor
+    place_of: Tensor
     blocks: Sequence[slice]
     scale: float
     softcap: float | None
@@ -48,6 +50,7 @@ class ReplayedQueries(Observer):
         super().__init__(shape)
         self._seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(shape[0])]
         self._chunks: list[slice] = []
+        self._places: list[Tensor] = []  # of each chunk
         self._scales: list[tuple[float, float | None]] = []
 
     def observe(self, layer: int, observation: Observation) -> None:
@@ -59,6 +62,7 @@ class ReplayedQueries(Observer):
         self._seen[layer].append((query, outputs, observation.lse[:, taken]))
         if layer == 0:
             self._chunks.append(chunk)
+            self._places.append(taken.cpu())
         if layer == len(self._scales):
             self._scales.append((observation.scale, observation.softcap))
 
@@ -73,7 +77,8 @@ class ReplayedQueries(Observer):
             chunk_of.append(torch.full((count,), number))
             blocks += own
         scale, softcap = self._scales[layer]
-        return LayerQueries(query, outputs, lse, torch.cat(block_of), torch.cat(chunk_of), blocks, scale, softcap)
+        which = torch.cat(block_of), torch.cat(chunk_of), torch.cat(self._places)
+        return LayerQueries(query, outputs, lse, *which, blocks, scale, softcap)
 
 
 def _in_16_bits(rows: Tensor) -> Tensor:

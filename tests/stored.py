@@ -32,6 +32,13 @@ LEVELS_SHAPE = replace(
     head_dim=8,
     levels=((Layout(8, "token", 4), Layout(4, "channel", 5)), (Layout(2, "channel", 3), Layout(2, "token", 8))),
 )
+MIXED_SHAPE = replace(
+    LEVELS_SHAPE,
+    levels=(
+        (Layout(8, "token", 4), Layout(3, "channel", 5, mixed=True)),
+        (Layout(3, "channel", 3, True), Layout(3, "token", 8)),
+    ),
+)
 Stored = tuple[RaggedContext, "SavedTail | None"]
 Parts = tuple[dict[str, str], dict[str, Tensor]]
 
@@ -128,7 +135,7 @@ def in_levels(tmp_path: Path) -> tuple[Path, Stored]:
     return put_away(tmp_path, LEVELS_SHAPE)
 
 
-@pytest.fixture(params=[FULL_SHAPE, LEVELS_SHAPE], ids=["plain", "levels"])
+@pytest.fixture(params=[FULL_SHAPE, LEVELS_SHAPE, MIXED_SHAPE], ids=["plain", "levels", "mixed"])
 def either(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Stored]:
     return put_away(tmp_path, request.param)
 
@@ -153,4 +160,4 @@ def raw(entries: dict[str, Any], data: bytes = b"", padding: int | None = None) 
 def in_floats(layer: RaggedLayer) -> RaggedLayer:
     """The same layer with the numbers that its codes stand for, level by level."""
     lower = None if layer.lower is None else in_floats(layer.lower)
-    return RaggedLayer(*layer.dense(), layer.cu_seqlens, layer.window, lower=lower)
+    return RaggedLayer(*layer.dense(), layer.cu_seqlens, layer.window, layer.bias, lower)

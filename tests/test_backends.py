@@ -72,6 +72,8 @@ LAYOUTS = [
     (Layout(4, "channel", 32), Layout(2, "token", 8)),
     (Layout(2, "channel", 7), Layout(8, "channel", 64)),
     (Layout(4, "channel", 64), None),
+    (Layout(3, "channel", 50, mixed=True), Layout(3, "token", 16)),
+    (Layout(5, "channel", 128), Layout(4, "channel", 40, mixed=True)),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from random_context import Shape, random_context
-from stored import LEVELS_SHAPE
+from stored import LEVELS_SHAPE, MIXED_SHAPE
 
 from kvzip.backends import get_backend
 from kvzip.context import RaggedLayer
@@ -14,6 +14,7 @@ SHAPES = {
     "floats": Shape(num_kv_heads=4, has_bias=True),
     "codes": Shape(num_kv_heads=4, head_dim=8, has_bias=True, levels=LEVELS_SHAPE.levels[:1], context_len=60),
     "levels": Shape(num_kv_heads=4, head_dim=8, levels=LEVELS_SHAPE.levels, context_len=60),
+    "mixed": Shape(num_kv_heads=4, head_dim=8, levels=MIXED_SHAPE.levels, context_len=60),
 }
 
 

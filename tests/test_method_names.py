@@ -74,14 +74,15 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
         "reduce": st.sampled_from(["sum", "mean", "max"]), "pooling": st.sampled_from(["max", "avg"]),
         "num_sinks": st.integers(0, 9), "num_future": st.integers(1, 9), "skip_layers": st.just("0/2"),
         "gamma": st.floats(0, 9), "threshold": st.floats(-9, 9), "rule": st.sampled_from(["code", "paper"]),
-        "key_bits": st.sampled_from([16, 8, 4, 2]), "value_bits": st.sampled_from([16, 8, 4, 2]),
+        "key_bits": st.sampled_from([16, 8, 5, 3]), "value_bits": st.sampled_from([16, 6, 4, 2]),
         "key_axis": st.sampled_from(["token", "channel"]), "value_axis": st.sampled_from(["token", "channel"]),
         "group_size": st.integers(1, 99), "budget": st.integers(1, 99), "tokens_per_cluster": st.integers(1, 99),
         "skip_first": st.integers(0, 9), "iterations": st.integers(1, 99), "cache_steps": st.integers(0, 64),
         "whole_layers": st.integers(0, 9), "high": st.floats(-9, 9), "power": st.floats(0, 2),
         **{f"{level}_{which}_bits": st.sampled_from([16, 8, 4, 2])
            for level in ("high", "low") for which in ("key", "value")},
-        "prefix_key_bits": st.sampled_from([16, 8, 4, 2]),
+        "prefix_value_bits": st.sampled_from([16, 8, 4, 2]),
+        "prefix_key_bits": st.sampled_from([16, 8, 4, 2]), "channels": st.sampled_from(["equal", "mixed"]),
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")
@@ -113,7 +114,7 @@ def test_methods_joined_by_commas_keep_their_options() -> None:
         ("pyramid", "no scorer"),
         ("levels:high=2", "has no scorer"),
         ("leankv+int4", "levels and quantize both decide the bits"),
-        ("leankv:low_key_bits=3", "one of 16, 8, 4, 2"),
+        ("leankv:low_key_bits=7", "one of 16, 8, 6, 5, 4, 3, 2"),
         ("leankv:high=nan", "a number"),
         ("window:", "write name:option=value"),
         ("window:window_size", "write name:option=value"),

@@ -20,7 +20,19 @@ import kvzip
 from kvzip.context import RaggedLayer
 from kvzip.errors import BudgetError, InputError, KVZipError
 from kvzip.methods import parse_method
-from kvzip.ops.quantize import Layout, QuantizedPairs, pack_codes, quantize, unpack_codes
+from kvzip.ops.quantize import (
+    BITS,
+    SHRINKS,
+    Layout,
+    QuantizedPairs,
+    allot,
+    pack_codes,
+    pack_stream,
+    quantize,
+    unpack_codes,
+    unpack_stream,
+)
+from kvzip.progress import silent
 from kvzip.transforms import get_transform
 from kvzip.transforms.quantize import Quantize
 
@@ -29,9 +41,16 @@ OFFSETS = (0, 70, 70, 75, 200)
 
 layouts = st.builds(
     Layout,
-    bits=st.sampled_from([8, 4, 2]),
+    bits=st.sampled_from(BITS),
     axis=st.sampled_from(["token", "channel"]),
-    group_size=st.sampled_from([4, 16]),
+    group_size=st.sampled_from([8, 16]),
+)
+mixed_layouts = st.builds(
+    Layout,
+    bits=st.sampled_from(BITS),
+    axis=st.just("channel"),
+    group_size=st.sampled_from([7, 32]),
+    mixed=st.just(True),
 )
 
 
@@ -93,14 +112,14 @@ def test_a_number_is_off_by_half_a_scale_at_most(layout: Layout, spread: float, 
     assert (off <= scales * 0.501 + 1e-5).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_equal_numbers_are_exact(bits: int) -> None:
     for value in (0.0, -1.5, 3.25, 1000.0):
         numbers = torch.full((5, 8), value)
         assert torch.equal(read_all(quantize(numbers, (0, 5), Layout(bits, "token", 8)), (0, 5)), numbers)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [b for b in BITS if b > 2])
 def test_as_many_values_as_codes_are_exact(bits: int) -> None:
     numbers = (
         (torch.arange(2**bits).float() - 3).repeat(2)[torch.randperm(2 ** (bits + 1))].reshape(-1, 2 ** (bits + 1))
@@ -119,9 +138,84 @@ def test_codes_are_packed_as_the_page_says(bits: int) -> None:
         assert packed[row, byte].item() >> bits * part & (2**bits - 1) == codes[row, byte + part * width]
 
 
+widths_of_a_head = st.lists(st.integers(0, 8), min_size=8, max_size=40).filter(lambda found: sum(found) % 8 == 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(widths_of_a_head, st.integers(0, 5), st.integers(0, 9))
+def test_strings_of_bits_are_packed_as_the_page_says(widths: list[int], num_rows: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (num_rows, len(widths)), generator=rng) % 2 ** torch.tensor(widths)
+    packed = pack_stream(codes.to(torch.uint8), torch.tensor(widths))
+    assert packed.shape == (num_rows, sum(widths) // 8)
+    for row, found in zip(codes.tolist(), packed.tolist(), strict=True):
+        number, bit = 0, 0
+        for code, width in zip(row, widths, strict=True):
+            number, bit = number | code << bit, bit + width
+        assert number == int.from_bytes(bytes(found), "little")
+    assert torch.equal(unpack_stream(packed, torch.tensor(widths)), codes.to(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-9, 0.5, 1.0, 3.0, 4.0, 16.0, 1e6]), min_size=8, max_size=8), st.integers(1, 8))
+def test_bits_go_where_most_is_left(importance: list[float], bits: int) -> None:
+    """One after another, by hand; a bit makes what is left a fourth."""
+    left, widths = list(importance), [0] * 8
+    for _ in range(8 * bits):
+        best = max(range(8), key=lambda c: (left[c] if widths[c] < 8 else -1, -c))
+        left[best], widths[best] = left[best] / 4, widths[best] + 1
+    found = allot(torch.tensor([importance, [1.0] * 8]), bits)
+    assert found[0].long().sum() == 8 * bits and found.max() <= 8
+    remains = [sum(w / 4**b for w, b in zip(importance, some, strict=True)) for some in (found[0].tolist(), widths)]
+    assert remains[0] == pytest.approx(remains[1], rel=1e-12), "as little is left; of ties any will do"
+    assert found[1].tolist() == [bits] * 8
+
+
+@settings(max_examples=30, deadline=None)
+@given(mixed_layouts, st.integers(0, 9))
+def test_mixed_codes_are_the_best_of_some_ranges_by_hand(layout: Layout, seed: int) -> None:
+    offsets, importance = (0, 40, 40, 45), random(seed + 2, 3, 16).square()
+    numbers = random(seed, 45, 16).exp() * random(seed + 1, 16).exp()
+    pairs = quantize(numbers, offsets, layout, importance)
+    assert pairs.widths is not None and pairs.widths.long().sum(1).tolist() == [16 * layout.bits] * 3
+    found = read_all(pairs, offsets)
+    for head, (start, end) in enumerate(pairwise(offsets)):
+        for first in range(start, end, layout.group_size):
+            for channel in range(16):
+                part = numbers[first : min(first + layout.group_size, end), channel].double()
+                most, middle = 2 ** int(pairs.widths[head, channel]) - 1, (part.min() + part.max()) / 2
+                off = float((found[first : first + len(part), channel].double() - part).square().sum())
+                if most == 0:
+                    assert off <= float((part - part.mean()).square().sum()) * 1.001 + 1e-5
+                    continue
+                candidates = []
+                for shrink in SHRINKS:
+                    half = (part.max() - part.min()) / 2 * shrink
+                    zero, scale = (middle - half).half().double(), (2 * half / most).half().double()
+                    codes = torch.round((part - zero) / scale.clamp_min(1e-30)).clamp(0, most)
+                    candidates.append(float((zero + scale * codes - part).square().sum()))
+                assert off <= min(candidates) * 1.02 + 1e-6  # float32, and ties of rounding
+
+
+def test_channels_that_matter_are_closer_where_codes_are_mixed() -> None:
+    numbers, importance = random(0, 200, 64) * torch.logspace(-1, 1, 64), torch.logspace(-1, 1, 64)[None]
+    off = {}
+    for mixed in (False, True):
+        pairs = quantize(numbers, (0, 200), Layout(3, "channel", 128, mixed), importance)
+        off[mixed] = float(((pairs.read((0, 200), 0, 0, 200) - numbers).square() * importance).sum())
+    assert off[True] < 0.5 * off[False]
+
+
+def test_a_head_whose_numbers_are_all_the_same_is_exact() -> None:
+    numbers = torch.full((9, 16), 2.5)
+    pairs = quantize(numbers, (0, 9), Layout(3, "channel", 4, mixed=True))
+    assert torch.equal(read_all(pairs, (0, 9)), numbers)
+
+
 def test_a_part_of_a_head_reads_as_in_the_whole() -> None:
     numbers = random(3, 200, 16)
-    for layout in (Layout(4, "channel", 32), Layout(8, "token", 4)):
+    streams = Layout(3, "channel", 32, mixed=True), Layout(3, "channel", 32), Layout(5, "token", 8)
+    for layout in (Layout(4, "channel", 32), Layout(8, "token", 4), *streams):
         pairs = quantize(numbers, OFFSETS, layout)
         assert torch.equal(pairs.read(OFFSETS, 3, 40, 101), read_all(pairs, OFFSETS)[75 + 40 : 75 + 101])
 
@@ -148,8 +242,15 @@ def test_what_can_not_be_stored() -> None:
         quantize(random(0, 4, 3), (0, 4), Layout(4, "token", 3))
     with pytest.raises(InputError, match="group_size 5 does not divide the head size 16"):
         quantize(random(0, 4, 16), (0, 4), Layout(4, "token", 5))
-    with pytest.raises(InputError, match="beyond the range of float16"):
-        quantize(random(0, 4, 16) * 1e6, (0, 4), Layout(4, "token", 16))
+    for layout in (Layout(4, "token", 16), Layout(4, "channel", 16, mixed=True)):
+        with pytest.raises(InputError, match="beyond the range of float16"):
+            quantize(random(0, 4, 16) * 1e6, (0, 4), layout)
+    with pytest.raises(InputError, match="a head size of 12 does not go with mixed codes or 6 bits: take 8 bits"):
+        quantize(random(0, 4, 12), (0, 4), Layout(6, "token", 12))
+    with pytest.raises(InputError, match="group_size 4 does not go with 3 bits: give a multiple of 8"):
+        quantize(random(0, 4, 16), (0, 4), Layout(3, "token", 4))
+    with pytest.raises(InputError, match="share a scale: take the axis 'channel'"):
+        quantize(random(0, 4, 16), (0, 4), Layout(4, "token", 8, mixed=True))
 
 
 # ---- contexts
@@ -171,7 +272,14 @@ def logits(context: kvzip.CompressedContext) -> Tensor:
         return context.llm.model(ids, past_key_values=context.cache()).logits
 
 
-@pytest.mark.parametrize("method", ["int8", "int4", "k8v4", "quantize:key_bits=16,value_bits=2", "kvzip+int4"])
+MIXED = "quantize:key_bits=3,value_bits=4,value_axis=channel,group_size=32,channels=mixed"
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["int8", "int4", "k8v4", "quantize:key_bits=16,value_bits=2", "kvzip+int4", "int4:value_bits=3,group_size=8", MIXED,
+     f"kvzip+{MIXED}", f"kvzip+refit+{MIXED}"],
+)  # fmt: skip
 def test_a_quantized_context_is_the_one_of_what_its_codes_read_as(case: SimpleNamespace, method: str) -> None:
     context = made(case, method, 0.5 if method.startswith("kvzip") else None)
     layers = tuple(map(in_floats, context.data.layers))
@@ -231,8 +339,9 @@ def test_nothing_is_evicted_without_a_scorer(options: dict, message: str) -> Non
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("quantize:key_bits=3", "one of 16, 8, 4, 2"),
-        ("quantize:key_bits=four", "one of 16, 8, 4, 2"),
+        ("quantize:key_bits=7", "one of 16, 8, 6, 5, 4, 3, 2"),
+        ("quantize:key_bits=four", "one of 16, 8, 6, 5, 4, 3, 2"),
+        ("quantize:channels=even", "one of equal, mixed"),
         ("int4:value_axis=row", "one of token, channel"),
         ("int4:group_size=0", "at least 1, at most 1024"),
         ("pyramid+int4", "has no scorer"),
@@ -272,21 +381,26 @@ def counts_of(offsets: tuple[int, ...]) -> list[int]:
     return [b - a for a, b in pairwise(offsets)]
 
 
-@pytest.mark.parametrize("method", ["int4:group_size=8", "k8v4", "kvzip+levels:high=0.02,group_size=8"])
+@pytest.mark.parametrize("method", ["int4:group_size=8", "k8v4", "kvzip+levels:high=0.02,group_size=8", MIXED])
 def test_read_back_is_what_will_be_read(case: SimpleNamespace, method: str) -> None:
     """What `refit` is told of later transforms, against the layer that they make, head by head."""
     plain = made(case, "kvzip", 1.0).data
     coded = made(case, method, 1.0 if method.startswith("kvzip") else None).data
     (part,) = parse_method(method).transforms
     transform, prefix_len = get_transform(part), plain.prefix_len
+    queries = None if method != MIXED else case.prefilled._replayed(kvzip.CompressOptions(), silent)[0]
     scores = case.prefilled.scores(parse_method("kvzip"))
     for number, index in enumerate(coded.full_layers):
         layer, before = coded.layers[index], plain.layers[index]
         levels = [level.dense() for level in layer.levels]
+        importance = None
+        if queries is not None:
+            importance = case.prefilled._full._evicted(index, None, number, None, queries).key_importance
         for head, (start, end) in enumerate(pairwise(before.offsets)):
             own = torch.cat([torch.full((prefix_len,), torch.inf), scores[number, head]])
             for which, pairs in (("keys", before.keys), ("values", before.values)):
-                found = transform.read_back(which, pairs[start:end], own, prefix_len)
+                own_importance = None if importance is None or which == "values" else importance[head]
+                found = transform.read_back(which, pairs[start:end], own, prefix_len, own_importance)
                 rows = [
                     read[which == "values"][level.offsets[head] : level.offsets[head + 1]]
                     for level, read in zip(layer.levels, levels, strict=True)

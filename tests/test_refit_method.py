@@ -229,7 +229,10 @@ def test_other_scorers_have_the_text_replayed_for_it(case: SimpleNamespace) -> N
     assert any(layer.bias is not None for layer in context.data.layers)
 
 
-@pytest.mark.parametrize("method", ["kvzip+refit", "kvzip+refit+int4:group_size=8", "kvzip+refit+k8v4"])
+@pytest.mark.parametrize(
+    "method",
+    ["kvzip+refit", "kvzip+refit+int4:group_size=8", "kvzip+refit+k8v4", "kvzip+refit+int4:key_bits=3,channels=mixed"],
+)
 def test_saved_and_opened_and_in_bytes(case: SimpleNamespace, method: str, tmp_path: Path) -> None:
     context = made(case, method, keep_ratio=0.5)
     assert any(layer.bias is not None for layer in context.data.layers)

@@ -55,12 +55,19 @@ shapes = st.builds(
     num_pending=st.integers(0, 1),
     turns=st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8)), max_size=3).map(tuple),
 )
-layouts = st.none() | st.builds(
+planar_layouts = st.builds(
     Layout,
     bits=st.sampled_from([8, 4, 2]),
     axis=st.sampled_from(["token", "channel"]),
     group_size=st.sampled_from([4, 8]),
 )
+stream_layouts = st.builds(
+    Layout, bits=st.sampled_from([6, 5, 3]), axis=st.sampled_from(["token", "channel"]), group_size=st.just(8)
+)
+mixed_layouts = st.builds(
+    Layout, bits=st.sampled_from([4, 3]), axis=st.just("channel"), group_size=st.just(5), mixed=st.just(True)
+)
+layouts = st.none() | planar_layouts | stream_layouts | mixed_layouts
 shapes |= shapes.flatmap(
     lambda shape: st.builds(
         lambda levels: replace(shape, head_dim=8, levels=tuple(levels)),

@@ -16,11 +16,13 @@ import torch
 from random_context import INFO, random_context
 from stored import (
     FULL_SHAPE,
+    MIXED_SHAPE,
     Parts,
     Stored,
     assert_refused,
     forge,
     parts_of,
+    put_away,
     raw,
     same,
 )
@@ -72,9 +74,9 @@ def test_no_permission(stored: tuple[Path, Stored], tmp_path: Path) -> None:
 
 def test_a_later_version_asks_for_an_upgrade(stored: tuple[Path, Stored]) -> None:
     metadata, tensors = parts_of(stored[0])
-    forge(stored[0], metadata | {"format_version": "3", "windows": "new rules"}, tensors)
+    forge(stored[0], metadata | {"format_version": "4", "windows": "new rules"}, tensors)
     for reader in (store.read, store.read_info):
-        with pytest.raises(FormatError, match=r"'3'.*reads versions up to 2.*pip install -U kvzip"):
+        with pytest.raises(FormatError, match=r"'4'.*reads versions up to 3.*pip install -U kvzip"):
             reader(stored[0])
 
 
@@ -245,6 +247,23 @@ STORAGE_REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
 ]
 
 
+MIXED_REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
+    (edit_meta("format_version", "2"), "layouts that format version 2 does not know"),
+    (edit_meta("format_version", "1"), ""),
+    *((edit_tensor("layers.0.values.widths", put(i, 9)), "0 to 8 bits, 3 on average") for i in (0, 15)),
+    (edit_tensor("layers.0.values.widths", lambda t: t + 1), "0 to 8 bits, 3 on average"),
+    (edit_tensor("layers.0.1.keys.widths", lambda t: t.flip(0) * 0), "0 to 8 bits, 3 on average"),
+    (edit_tensor("layers.0.values.widths", lambda t: t[:1].contiguous()), "layers.0.values.widths"),
+    (edit_tensor("layers.0.values.widths", lambda t: t[:, :7].contiguous()), "layers.0.values.widths"),
+    (edit_tensor("layers.0.values.widths", of_type(torch.int32)), "U8"),
+    (edit_tensor("layers.0.values.widths", None), "layers.0.values.widths"),
+    (add("layers.0.keys.widths"), "layers.0.keys.widths"),
+    *((edit_storage(lambda c, v=v: c["levels"][0][0][1].update(v)), "") for v in (
+        {"mixed": False}, {"mixed": 1}, {"mixed": None}, {"axis": "token"}, {"bits": 7}, {"bits": 4}, {"bits": 3.0},
+    )),
+]  # fmt: skip
+
+
 def test_any_loss_is_within_its_ranges_or_refused(stored: tuple[Path, Stored]) -> None:
     rng, found = random.Random(0), {True: 0, False: 0}
     values = [0, 1, 0.5, -1, 1e300, 10**400, True, None, "1", [], {}, float("nan"), float("inf")]
@@ -268,6 +287,11 @@ def test_refusals_of_what_is_said_of_storage(
     in_levels: tuple[Path, Stored], edit: Callable[[Parts], None], words: str
 ) -> None:
     test_refusals_with_a_right_sha256(in_levels, edit, words)
+
+
+@pytest.mark.parametrize(("edit", "words"), MIXED_REFUSALS, ids=[str(i) for i in range(len(MIXED_REFUSALS))])
+def test_refusals_of_strings_of_bits(tmp_path: Path, edit: Callable[[Parts], None], words: str) -> None:
+    test_refusals_with_a_right_sha256(put_away(tmp_path, MIXED_SHAPE), edit, words)
 
 
 @pytest.mark.parametrize(("edit", "words"), REFUSALS, ids=[str(i) for i in range(len(REFUSALS))])

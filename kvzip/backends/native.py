@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,17 +41,26 @@ class Store(ctypes.Structure):
     """As in ragged.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "widths", "end")),
         *((name, ctypes.c_int32) for name in ("bits", "group_size", "per_channel")),
     )
 
     @classmethod
-    def of(cls, pairs: Pairs) -> Store:
+    def of(cls, pairs: Pairs, widths: Tensor | None) -> Store:
+        """widths: [Hkv, D] where a row is a string of bits; it must live as long as this."""
         if isinstance(pairs, Tensor):
-            return cls(pairs.data_ptr(), None, None, 32, 0, 0)
+            return cls(data=pairs.data_ptr(), bits=32)
         layout = pairs.layout
-        pointers = (t.data_ptr() for t in (pairs.codes, pairs.scales, pairs.zeros))
-        return cls(*pointers, layout.bits, layout.group_size, layout.axis == "channel")
+        return cls(
+            data=pairs.codes.data_ptr(),
+            scales=pairs.scales.data_ptr(),
+            zeros=pairs.zeros.data_ptr(),
+            widths=None if widths is None else widths.data_ptr(),
+            end=pairs.codes.data_ptr() + pairs.codes.nbytes,
+            bits=layout.bits,
+            group_size=layout.group_size,
+            per_channel=layout.axis == "channel",
+        )
 
 
 class Bias(ctypes.Structure):
@@ -72,11 +81,15 @@ class Level(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Levels:
-    """What the kernel is told of a layer.  levels: a C array, or None where the kernel can't read it."""
+    """What the kernel is told of a layer.
+
+    levels: a C array, or None where the kernel can't read it.  widths: tensors that it points to, beside the layer's.
+    """
 
     levels: ctypes.Array[Level] | None
     num_pairs: int
     is_coded: bool
+    widths: Sequence[Tensor | None] = ()
 
     @classmethod
     def of(cls, layer: RaggedLayer) -> Levels:
@@ -86,11 +99,20 @@ class Levels:
         readable = kinds == {torch.float32} and all(t.is_cpu and t.is_contiguous() for t in tensors)
         if not readable or layer.head_dim > MAX_DIM:
             return cls(None, 0, is_coded)
-        found = [
-            Level(Store.of(level.keys), Store.of(level.values), Bias.of(level.bias), level.cu_seqlens.data_ptr())
-            for level in layer.levels
-        ]
-        return cls((Level * len(found))(*found), sum(level.offsets[-1] for level in layer.levels), is_coded)
+        found, kept = list[Level](), list[Tensor | None]()
+        for level in layer.levels:
+            widths = [_widths_of(pairs, layer.num_kv_heads) for pairs in (level.keys, level.values)]
+            stores = map(Store.of, (level.keys, level.values), widths)
+            found.append(Level(*stores, Bias.of(level.bias), level.cu_seqlens.data_ptr()))
+            kept += widths
+        return cls((Level * len(found))(*found), sum(level.offsets[-1] for level in layer.levels), is_coded, kept)
+
+
+def _widths_of(pairs: Pairs, num_heads: int) -> Tensor | None:
+    """Bits of each channel [Hkv, D] of codes that are strings of bits."""
+    if isinstance(pairs, Tensor) or not pairs.layout.is_stream:
+        return None
+    return pairs.all_widths(num_heads).contiguous()
 
 
 _LEVELS: WeakKeyDictionary[RaggedLayer, Levels] = WeakKeyDictionary()  # layers never change, nor do their addresses

@@ -9,6 +9,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define BLOCK 32  // keys whose weights are held at a time: keys and values of a block fit the first-level cache
 #define PART 512  // most keys of a part; native.py sizes the scratch memory by it
@@ -45,9 +48,11 @@ static inline ALWAYS void add_values(float *out, const float *weights, int strid
 }
 
 // Keys or values: float32 (bits = 32), or codes with float16 scales and zeros. kvzip/ops/quantize.py is the layout.
+// widths: bits of each channel [heads, dim] where a row is a string of bits, else null.  end: behind the last code.
 typedef struct {
   const void *data;
   const uint16_t *scales, *zeros;
+  const uint8_t *widths, *end;
   int32_t bits, group_size, per_channel;
 } Store;
 
@@ -71,14 +76,30 @@ typedef struct {
   int count, first_part;
 } Segment;
 
-// Scales and zeros of one group of pairs, a channel each.
+typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t bytes32 __attribute__((vector_size(32), aligned(1), may_alias));
+typedef int32_t eight_ints __attribute__((vector_size(32), aligned(4), may_alias));
+
+// How eight neighbouring channels are taken out of a string of bits: from the 16 bytes at `first`, by a shuffle that
+// puts the two bytes that hold a code in front of each number, a shift and a mask.
+typedef struct {
+  bytes32 shuffle;
+  eight_ints shifts, masks;
+  int first;
+} Cut;
+
+// What reading rows of one segment needs: scales and zeros of a group of pairs, a channel each, and the cuts.
 typedef struct {
   float scales[MAX_DIM], zeros[MAX_DIM];
   int group;
+  Cut cuts[MAX_DIM / 8];
 } Channels;
 
 // A float16 that is not infinite, exactly.
 static inline float from_half(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#endif
   union {
     uint32_t bits;
     float number;
@@ -103,6 +124,14 @@ static inline ALWAYS void read_channels(const uint8_t *codes, const Channels *c,
 static inline ALWAYS void read_token(const uint8_t *codes, const uint16_t *scales, const uint16_t *zeros, int group_size,
                                      int bits, int dim, float *to) {
   int width = dim * bits / 8, mask = (1 << bits) - 1;
+  if (group_size % width == 0) {  // each part of the bytes lies in one group
+    for (int part = 0; part < 8 / bits; part++) {
+      int group = part * width / group_size;
+      float scale = from_half(scales[group]), zero = from_half(zeros[group]);
+      for (int d = 0; d < width; d++) to[part * width + d] = zero + scale * (float)(codes[d] >> part * bits & mask);
+    }
+    return;
+  }
   for (int d = 0, end; d < dim; d = end) {  // runs that stay in one group and in one place of the bytes
     int part = d / width, group = d / group_size;
     end = (part + 1) * width < (group + 1) * group_size ? (part + 1) * width : (group + 1) * group_size;
@@ -112,19 +141,86 @@ static inline ALWAYS void read_token(const uint8_t *codes, const uint16_t *scale
   }
 }
 
+static void make_cuts(const uint8_t *widths, int dim, Cut *cuts) {
+  for (int d = 0, bit = 0; d < dim; d += 8) {
+    Cut *cut = cuts + d / 8;
+    memset(cut, 0, sizeof(Cut)), cut->first = bit / 8;
+    for (int e = 0; e < 8; bit += widths[d + e], e++) {
+      int from = bit - 8 * cut->first;  // at most 7 + 7 * 8
+      cut->shuffle[4 * e] = from / 8, cut->shuffle[4 * e + 1] = from / 8 + 1;
+      cut->shifts[e] = from % 8, cut->masks[e] = (1 << widths[d + e]) - 1;
+    }
+  }
+}
+
+// Eight codes as floats.
+static inline ALWAYS wide cut_out(const uint8_t *codes, const Cut *cut) {
+  bytes16 bytes = *(const bytes16 *)(codes + cut->first);
+  bytes32 found;
+#if defined(__AVX2__)
+  found = (bytes32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)bytes), (__m256i)cut->shuffle);
+#else
+  for (int i = 0; i < 32; i++) found[i] = bytes[cut->shuffle[i]];
+#endif
+  return __builtin_convertvector((eight_ints)found >> cut->shifts & cut->masks, wide);
+}
+
+// Rows `count` of strings of bits, `width` bytes each, that share scales and zeros channel by channel.
+static inline ALWAYS void read_streams(const uint8_t *codes, int count, int width, const Channels *c, int dim, float *to) {
+  for (int d = 0; d < dim; d += 8) {
+    Cut cut = c->cuts[d / 8];
+    wide scales = *(const wide *)(c->scales + d), zeros = *(const wide *)(c->zeros + d);
+    for (int j = 0; j < count; j++)
+      *(wide *)(to + (int64_t)j * dim + d) = zeros + scales * cut_out(codes + (int64_t)j * width, &cut);
+  }
+}
+
+// One such row whose neighbouring channels share them.
+static inline ALWAYS void read_token_stream(const uint8_t *codes, const Channels *c, const uint16_t *scales,
+                                            const uint16_t *zeros, int group_size, int dim, float *to) {
+  for (int d = 0; d < dim; d += 8) {
+    float scale = from_half(scales[d / group_size]), zero = from_half(zeros[d / group_size]);
+    *(wide *)(to + d) = zero + scale * cut_out(codes, c->cuts + d / 8);
+  }
+}
+
+static inline void use_group(const Store *s, int group, int dim, Channels *channels) {
+  if (channels->group == group) return;
+  const uint16_t *scales = s->scales + (int64_t)group * dim, *zeros = s->zeros + (int64_t)group * dim;
+  for (int d = 0; d < dim; d++) channels->scales[d] = from_half(scales[d]), channels->zeros[d] = from_half(zeros[d]);
+  channels->group = group;
+}
+
 static inline ALWAYS void read_row(const Store *s, int pair, Channels *channels, int bits, int dim, float *to) {
   const uint8_t *codes = (const uint8_t *)s->data + (int64_t)pair * (dim * bits / 8);
   if (!s->per_channel) {
     int64_t groups = dim / s->group_size;
     return read_token(codes, s->scales + pair * groups, s->zeros + pair * groups, s->group_size, bits, dim, to);
   }
-  int group = pair / s->group_size;
-  if (channels->group != group) {
-    const uint16_t *scales = s->scales + (int64_t)group * dim, *zeros = s->zeros + (int64_t)group * dim;
-    for (int d = 0; d < dim; d++) channels->scales[d] = from_half(scales[d]), channels->zeros[d] = from_half(zeros[d]);
-    channels->group = group;
-  }
+  use_group(s, pair / s->group_size, dim, channels);
   read_channels(codes, channels, bits, dim, to);
+}
+
+// `count` rows of strings of bits from `first` on, at most BLOCK.
+static inline ALWAYS void read_strings(const Store *s, int first, int count, Channels *channels, int dim, float *to) {
+  int width = dim * s->bits / 8;
+  const uint8_t *codes = (const uint8_t *)s->data + (int64_t)first * width;
+  uint8_t copy[BLOCK * MAX_DIM + 16];
+  if (s->end - codes < count * width + 16) codes = memcpy(copy, codes, count * width);  // cuts read beyond a row
+  if (s->per_channel) {
+    for (int j = 0, n; j < count; j += n) {
+      int group = (first + j) / s->group_size, left = (group + 1) * s->group_size - (first + j);
+      n = left < count - j ? left : count - j;
+      use_group(s, group, dim, channels);
+      read_streams(codes + (int64_t)j * width, n, width, channels, dim, to + (int64_t)j * dim);
+    }
+    return;
+  }
+  int64_t groups = dim / s->group_size;
+  for (int j = 0; j < count; j++) {
+    const uint16_t *scales = s->scales + (first + j) * groups, *zeros = s->zeros + (first + j) * groups;
+    read_token_stream(codes + (int64_t)j * width, channels, scales, zeros, s->group_size, dim, to + (int64_t)j * dim);
+  }
 }
 
 // `count` pairs from `first` on as floats [count, dim].
@@ -133,6 +229,7 @@ static inline ALWAYS void read_rows(const Store *s, int first, int count, Channe
     memcpy(to, (const float *)s->data + (int64_t)first * dim, sizeof(float) * count * dim);
     return;
   }
+  if (s->widths) return read_strings(s, first, count, channels, dim, to);
   for (int j = 0; j < count; j++, to += dim) {
     if (s->bits == 8) read_row(s, first + j, channels, 8, dim, to);
     else if (s->bits == 4) read_row(s, first + j, channels, 4, dim, to);
@@ -184,12 +281,13 @@ static void join_row(const float *part_out, const float *part_lse, int num_parts
 
 static int parts_of(int count) { return (count + PART - 1) / PART; }
 
-// `store` from pair `start` on, which is the first of its head and of group `group`.
-static Store store_from(Store store, int64_t start, int64_t group, int dim) {
+// `store` from pair `start` on, which is the first of that head and of group `group`.
+static Store store_from(Store store, int head, int64_t start, int64_t group, int dim) {
   store.data = (const char *)store.data + start * (dim * store.bits / 8);
   if (store.bits == 32) return store;
   int64_t skip = store.per_channel ? group * dim : start * (dim / store.group_size);
   store.scales += skip, store.zeros += skip;
+  if (store.widths) store.widths += head * dim;
   return store;
 }
 
@@ -207,8 +305,8 @@ static Bias bias_from(Bias bias, int64_t start) {
 
 static Segment segment_of(const Level *level, int head, int dim) {
   int64_t start = level->offsets[head];
-  return (Segment){store_from(level->k, start, groups_before(&level->k, level->offsets, head), dim),
-                   store_from(level->v, start, groups_before(&level->v, level->offsets, head), dim),
+  return (Segment){store_from(level->k, head, start, groups_before(&level->k, level->offsets, head), dim),
+                   store_from(level->v, head, start, groups_before(&level->v, level->offsets, head), dim),
                    bias_from(level->bias, start), level->offsets[head + 1] - level->offsets[head], 0};
 }
 
@@ -224,7 +322,7 @@ void kvzip_attend_ragged(const float *q, const Level *levels, int num_levels, co
   for (int h = 0; h < heads; h++) {
     Segment *own = segments + h * per_head;
     for (int i = 0; i < num_levels; i++) own[i] = segment_of(levels + i, h, dim);
-    own[num_levels] = (Segment){{tail_k + h * tail_stride, 0, 0, 32, 0, 0}, {tail_v + h * tail_stride, 0, 0, 32, 0, 0},
+    own[num_levels] = (Segment){{.data = tail_k + h * tail_stride, .bits = 32}, {.data = tail_v + h * tail_stride, .bits = 32},
                                 {0, 0}, tail_count, 0};
     first_part[h] = num_parts;
     for (int i = 0; i < per_head; i++) own[i].first_part = num_parts, num_parts += parts_of(own[i].count);

@@ -72,6 +72,8 @@ static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const Segme
   NAME(vec) turned[MAX_DIM], s[BLOCK];
   float key_buffer[coded ? BLOCK * dim : 1], value_buffer[coded ? BLOCK * dim : 1];
   Channels key_channels, value_channels;
+  if (pairs->k.widths) make_cuts(pairs->k.widths, dim, key_channels.cuts);
+  if (pairs->v.widths) make_cuts(pairs->v.widths, dim, value_channels.cuts);
   const float *keys = (const float *)pairs->k.data + (int64_t)first * dim;
   const float *values = (const float *)pairs->v.data + (int64_t)first * dim;
   for (int done = 0; done < num_rows; done += LANES) {

@@ -63,7 +63,7 @@ def open_file(file: str) -> tuple[RaggedContext, dict[str, Any]]:
         from kvzip import store
 
     context, tail = store.read(file)
-    facts = {"format_version": store.FORMAT_VERSION, "file_nbytes": os.path.getsize(file)}
+    facts = {"format_version": store.read_info(file).version, "file_nbytes": os.path.getsize(file)}
     return context, {**facts, "num_turns": None if tail is None else len(tail.turns)}
 
 

@@ -19,11 +19,11 @@ from kvzip.context import ContextInfo, RaggedContext, SavedTail
 from kvzip.errors import InputError, ModelMismatchError
 from kvzip.store.checks import check_contents, check_header
 from kvzip.store.files import StrPath, digest, opened, os_error, specs_in, specs_of, store_tensors
-from kvzip.store.layout import FORMAT_VERSION, FileInfo, Storage
+from kvzip.store.layout import FileInfo, Storage
 from kvzip.store.refusal import REMAKE, Refused, one_line, short
 from kvzip.store.tensors import context_of, metadata_of, storage_of, tail_of, tensors_of
 
-__all__ = ["FORMAT_VERSION", "FileInfo", "Storage", "check_fingerprint", "mapped", "read", "read_info", "write"]
+__all__ = ["FileInfo", "Storage", "check_fingerprint", "mapped", "read", "read_info", "write"]
 
 
 def write(path: StrPath, context: RaggedContext, tail: SavedTail | None = None) -> int:

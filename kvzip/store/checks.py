@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from kvzip.errors import InputError
+from kvzip.ops.quantize import MAX_BITS
 from kvzip.ops.ragged import unpack_bits
 from kvzip.store.layout import (
     DTYPES,
     FORMAT_VERSION,
     KV_DTYPES,
     PLAIN_VERSION,
+    VERSIONS,
     FileInfo,
     Layouts,
     Spec,
@@ -38,7 +40,7 @@ def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> File
             f"give the .kvz that it was made of, or {REMAKE}" if is_portable else None,
         )
     version = metadata.get("format_version", "")
-    if version not in (PLAIN_VERSION, FORMAT_VERSION):
+    if version not in VERSIONS:
         is_later = version.isascii() and version.isdecimal() and int(version[:9]) > int(FORMAT_VERSION)
         reason = f"its format version is {short(version)}, this kvzip reads versions up to {FORMAT_VERSION}"
         raise Refused(reason, "upgrade kvzip: pip install -U kvzip" if is_later else REMAKE)
@@ -47,6 +49,8 @@ def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> File
     storage = plain if version == PLAIN_VERSION else storage_in(metadata)
     if version == PLAIN_VERSION and any(_is_bias(name) and spec[0] == "F16" for name, spec in specs.items()):
         raise Refused("it has biases in F16, which format version 1 does not know")
+    if version != FORMAT_VERSION and storage.has_streams:
+        raise Refused(f"its 'storage' has layouts that format version {version} does not know")
     _check_specs(specs, windows, storage)
     has_tail = "tail.token_ids" in specs
     bounds = [0, *(start for _, _, start in turns), specs["tail.token_ids"][1][0] if has_tail else 0]
@@ -63,6 +67,7 @@ def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> File
         turns=tuple((question, answer) for question, answer, _ in turns),
         turn_starts=tuple(bounds[1:-1]),
         storage=storage,
+        version=version,
         sha256=metadata.get("sha256", ""),
     )
 
@@ -131,6 +136,8 @@ def _level_specs(
         scales = (groups, head_dim if layout.axis == "channel" else head_dim // layout.group_size)
         expected[pairs] = ("U8", (num_pairs, head_dim * layout.bits // 8))
         expected |= {f"{pairs}.scales": ("F16", scales), f"{pairs}.zeros": ("F16", scales)}
+        if layout.mixed:
+            expected[f"{pairs}.widths"] = ("U8", (offsets[0] - 1, head_dim))
     return expected, (offsets[0] - 1, head_dim)
 
 
@@ -179,7 +186,16 @@ def _seqlens_in(tensors: Mapping[str, Tensor], name: str, layouts: Layouts) -> T
             found, groups = len(tensors[f"{name}.{kind}.scales"]), layout.num_groups(tuple(offsets.tolist()))
             if found != groups:
                 raise Refused(f"'{name}.{kind}.scales' has {found} groups, its heads have {groups}")
+        if layout is not None and layout.mixed:
+            _check_widths(tensors, f"{name}.{kind}.widths", layout.bits)
     return seqlens
+
+
+def _check_widths(tensors: Mapping[str, Tensor], name: str, bits: int) -> None:
+    """The bits of a head's channels fill its rows, or codes would be looked for behind them."""
+    widths = tensors[name].cpu().long()
+    if bool((widths > MAX_BITS).any()) or bool((widths.sum(dim=1) != bits * widths.shape[1]).any()):
+        raise Refused(f"{name!r} must be 0 to {MAX_BITS} bits, {bits} on average in each head")
 
 
 def _check_clusters(tensors: Mapping[str, Tensor], name: str, seqlens: Tensor) -> None:

@@ -14,7 +14,8 @@ from kvzip.context import LOSS_RANGES, ContextInfo
 from kvzip.ops.quantize import AXES, BITS, Axis, Layout
 from kvzip.store.refusal import Refused, short
 
-PLAIN_VERSION, FORMAT_VERSION = "1", "2"  # a file without `storage`, which older readers know too, and one with it
+VERSIONS = ("1", "2", "3")  # without `storage`; with it; with codes that are strings of bits: each file has the least
+PLAIN_VERSION, FORMAT_VERSION = VERSIONS[0], VERSIONS[-1]
 MAX_GROUP_SIZE = 1 << 16
 MAX_CACHE_STEPS = 64
 MAX_JSON_DEPTH = 16
@@ -34,7 +35,8 @@ class FileInfo:
     windows: sliding window of each layer in tokens, None in a full-attention layer.  kv_nbytes: bytes of keys,
     values, offsets and biases of all layers.  has_tail: whether a session was stored beside the context.
     turns: its (question, answer) pairs.  turn_starts: how many tokens of the tail came before each turn.
-    storage: how the pairs are stored.  sha256: what the file says of its contents, "" before it is written.
+    storage: how the pairs are stored.  version: of the format.  sha256: what the file says of its contents, "" before
+    it is written.
     """
 
     info: ContextInfo
@@ -46,6 +48,7 @@ class FileInfo:
     turns: tuple[tuple[str, str], ...]
     turn_starts: tuple[int, ...]
     storage: Storage
+    version: str
     sha256: str = ""
 
 
@@ -71,6 +74,12 @@ class Storage:
         named = {str(i): {"budget": budget, "cache_steps": steps} for i, (budget, steps) in self.clusters.items()}
         return content | {name: value for name, value in (("shared", shared), ("clusters", named)) if value}
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether some codes are strings of bits."""
+        layouts = (layout for _, _, pair in self.named() for layout in pair)
+        return any(layout is not None and layout.is_stream for layout in layouts)
+
     def named(self) -> Iterator[tuple[int, str, Layouts]]:
         """(layer, what the names of its tensors begin with, layouts) of each level, in order."""
         for layer, levels in enumerate(self.levels):
@@ -79,7 +88,8 @@ class Storage:
 
 
 def _layout_dict(layout: Layout | None) -> dict[str, Any] | None:
-    return None if layout is None else asdict(layout)
+    """As version 2 has it, where nothing is mixed."""
+    return None if layout is None else {name: value for name, value in asdict(layout).items() if value is not False}
 
 
 def storage_in(metadata: Mapping[str, str]) -> Storage:
@@ -134,13 +144,19 @@ def _layouts_in(level: Any) -> Layouts:
 def _layout_in(content: Any) -> Layout:
     if not isinstance(content, dict):
         raise Refused("its 'storage' has a layout that is not an object")
-    bits, group_size = content.get("bits"), content.get("group_size")
+    bits, group_size, mixed = content.get("bits"), content.get("group_size"), content.get("mixed", False)
     axis: Axis | None = next((known for known in AXES if known == content.get("axis")), None)
-    if bits not in BITS or axis is None or type(group_size) is not int:
+    if (
+        type(bits) is not int
+        or bits not in BITS
+        or axis is None
+        or type(group_size) is not int
+        or type(mixed) is not bool
+    ):
         raise Refused("its 'storage' has a layout with unknown members")
     if not 0 < group_size <= MAX_GROUP_SIZE:
         raise Refused(f"its 'storage' has a group size of {group_size}, allowed: 1 to {MAX_GROUP_SIZE}")
-    return Layout(bits, axis, group_size)
+    return Layout(bits, axis, group_size, mixed)
 
 
 def windows_in(metadata: Mapping[str, str]) -> list[int | None]:

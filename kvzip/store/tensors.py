@@ -11,7 +11,7 @@ from torch import Tensor
 from kvzip.context import Pairs, RaggedContext, RaggedLayer, SavedTail
 from kvzip.fetch.index import ClusterIndex
 from kvzip.ops.quantize import Layout, QuantizedPairs
-from kvzip.store.layout import CODES, DTYPES, FORMAT_VERSION, PLAIN_VERSION, FileInfo, Storage
+from kvzip.store.layout import CODES, DTYPES, PLAIN_VERSION, VERSIONS, FileInfo, Storage
 from kvzip.store.refusal import Refused
 
 
@@ -53,7 +53,8 @@ def tensors_of(context: RaggedContext, tail: SavedTail | None, storage: Storage)
 def _pairs_tensors(name: str, pairs: Pairs) -> dict[str, Tensor]:
     if isinstance(pairs, Tensor):
         return {name: pairs}
-    return {name: pairs.codes, f"{name}.scales": pairs.scales, f"{name}.zeros": pairs.zeros}
+    found = {name: pairs.codes, f"{name}.scales": pairs.scales, f"{name}.zeros": pairs.zeros}
+    return found if pairs.widths is None else found | {f"{name}.widths": pairs.widths}
 
 
 def metadata_of(context: RaggedContext, tail: SavedTail | None, storage: Storage) -> dict[str, str]:
@@ -66,13 +67,19 @@ def metadata_of(context: RaggedContext, tail: SavedTail | None, storage: Storage
         "windows": [layer.window for layer in context.layers],
         "turns": [[*turn, start] for turn, start in zip(turns, starts, strict=True)],
     }
+    version = version_of(context, storage)
+    if version != PLAIN_VERSION:
+        values["storage"] = storage.to_dict()
+    texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
+    return {"format": "kvzip", "format_version": version} | texts
+
+
+def version_of(context: RaggedContext, storage: Storage) -> str:
+    """The least format version that knows what a context holds."""
     biases = (level.bias for layer in context.stored_layers.values() for level in layer.levels)
     has_half = any(bias is not None and bias.dtype == torch.float16 for bias in biases)
     is_plain = not (has_half or storage.clusters) and all(levels == ((None, None),) for levels in storage.levels)
-    if not is_plain:
-        values["storage"] = storage.to_dict()
-    texts = {name: json.dumps(value, allow_nan=False) for name, value in values.items()}
-    return {"format": "kvzip", "format_version": PLAIN_VERSION if is_plain else FORMAT_VERSION} | texts
+    return PLAIN_VERSION if is_plain else VERSIONS[1 + storage.has_streams]
 
 
 def context_of(tensors: Mapping[str, Tensor], header: FileInfo) -> RaggedContext:
@@ -102,7 +109,7 @@ def _pairs_of(tensors: Mapping[str, Tensor], name: str, layout: Layout | None, c
     if layout is None:
         return tensors[name]
     scales, zeros = tensors[f"{name}.scales"], tensors[f"{name}.zeros"]
-    return QuantizedPairs(tensors[name], scales, zeros, layout, DTYPES[code])
+    return QuantizedPairs(tensors[name], scales, zeros, layout, DTYPES[code], tensors.get(f"{name}.widths"))
 
 
 def tail_of(tensors: Mapping[str, Tensor], header: FileInfo) -> SavedTail | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
 from kvzip.context import RaggedLayer
-from kvzip.ops.rope import shift_keys
+from kvzip.ops.rope import shift_keys, turn_back
 from kvzip.replayed import LayerQueries
 
 Which: TypeAlias = Literal["keys", "values"]
@@ -42,18 +43,32 @@ class Evicted:
         """The keys [n, D] float32 of a head as they will be read, turned to their true positions.  layer: of floats."""
         assert isinstance(layer.keys, Tensor)
         rows = slice(layer.offsets[head], layer.offsets[head + 1])
-        found = self.read_back("keys", layer.keys[rows], rows, self.prefix_len)
+        importance = None if self.queries is None else self.key_importance[head]
+        found = self.read_back("keys", layer.keys[rows], rows, self.prefix_len, importance)
         return shift_keys(found.float(), self.inv_freq, self.keys.shape[1])
 
-    def read_back(self, which: Which, pairs: Tensor, rows: slice, prefix_len: int = 0) -> Tensor:
+    def read_back(
+        self, which: Which, pairs: Tensor, rows: slice, prefix_len: int = 0, importance: Tensor | None = None
+    ) -> Tensor:
         """Keys or values [n, D] of one head, at these rows of the layer, as they are read once all is applied.
 
-        prefix_len: how many of them, the first ones, are of the prefix.
+        prefix_len: how many of them, the first ones, are of the prefix.  importance: of the head's channels [D].
         """
         scores = None if self.scores is None else self.scores[rows]
         for transform in self.later:
-            pairs = transform.read_back(which, pairs, scores, prefix_len)
+            pairs = transform.read_back(which, pairs, scores, prefix_len, importance)
         return pairs
+
+    @cached_property
+    def key_importance(self) -> Tensor:
+        """How much an error in each channel of a key moves logits: [Hkv, D] float32, the mean square of the queries.
+
+        Of those of the replay, turned as if all stood where a question begins.
+        """
+        assert self.queries is not None
+        positions = self.keys.shape[1] + self.queries.place_of.to(self.keys.device)
+        queries = turn_back(self.queries.query.float(), self.inv_freq, positions)
+        return queries.square().mean(dim=1).view(len(self.keys), -1, queries.shape[2]).mean(dim=1)
 
     @property
     def is_rounded(self) -> bool:
@@ -76,7 +91,7 @@ class BaseTransform:
     shares_layers: ClassVar[bool] = False
     stores_codes: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
-    needs_queries: ClassVar[bool] = False
+    needs_queries: bool = False
     bias_nbytes: ClassVar[int] = 0
 
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
@@ -88,10 +103,18 @@ class BaseTransform:
         reasons for another one."""
         return evicted.keep_mask
 
-    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None, prefix_len: int) -> Tensor:
+    def read_back(
+        self,
+        which: Which,
+        pairs: Tensor,
+        scores: Tensor | None,
+        prefix_len: int,
+        importance: Tensor | None = None,
+    ) -> Tensor:
         """Keys or values [n, D] of one head as they are read once this is applied.
 
         scores: [n], as of `Evicted`.  prefix_len: how many of the pairs, the first ones, are of the prefix.
+        importance: [D] of an error in each channel, or None = the same for all.
         """
         return pairs
 

@@ -56,7 +56,14 @@ class Levels(BaseTransform):
             return self.low.apply(low)
         return replace(self.high.apply(high), lower=self.low.apply(low))
 
-    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None, prefix_len: int) -> Tensor:
+    def read_back(
+        self,
+        which: Which,
+        pairs: Tensor,
+        scores: Tensor | None,
+        prefix_len: int,
+        importance: Tensor | None = None,
+    ) -> Tensor:
         assert scores is not None
         found, is_high = pairs.clone(), self._is_high(scores).to(pairs.device)
         for level, chosen in ((self.high, is_high), (self.low, ~is_high)):

@@ -14,7 +14,8 @@ from kvzip.ops.quantize import Axis, Layout, quantize
 from kvzip.parts import Range
 from kvzip.transforms.base import BaseTransform, Evicted, Which
 
-Bits = Literal[16, 8, 4, 2]
+Bits = Literal[16, 8, 6, 5, 4, 3, 2]
+Channels = Literal["equal", "mixed"]
 UNCHANGED = 16
 
 
@@ -24,9 +25,11 @@ class Quantize(BaseTransform):
     key_bits, value_bits: of a number; 16 leaves the numbers as they are.  key_axis, value_axis: whether neighbouring
     channels of a pair share a scale ("token") or neighbouring pairs of a head do, channel by channel ("channel"). Keys
     have channels that are large in every pair, so few bits want "channel".  group_size: numbers that share a scale; on
-    the "token" axis the largest divisor of the head size up to it.  prefix_key_bits: of the prefix's keys, along
-    "token", where that is more than `key_bits`: the sinks there draw most of the attention, and their keys would widen
-    the scales of their neighbours.  Sliding windows are not quantized.  Attention reads the codes block by block.
+    the "token" axis the largest divisor of the head size up to it.  prefix_key_bits, prefix_value_bits: of the
+    prefix's, along "token", where that is more: the sinks there draw most of the attention, and their keys would widen
+    the scales of their neighbours.  channels: "mixed" gives each channel of a head its own number of bits, as many on
+    average, where scales are shared along "channel": of keys more to those where an error moves the logits of replayed
+    queries most.  Sliding windows are not quantized.  Attention reads the codes block by block.
     """
 
     summary = "few bits a number, scales by group"
@@ -42,48 +45,65 @@ class Quantize(BaseTransform):
         value_axis: Axis = "token",
         group_size: Annotated[int, Range(1, 1024)] = 64,
         prefix_key_bits: Bits = 8,
+        prefix_value_bits: Bits = 4,
+        channels: Channels = "equal",
     ) -> None:
+        self.is_mixed = self.needs_queries = channels == "mixed"
         self.parts: tuple[tuple[Bits, Axis], ...] = ((key_bits, key_axis), (value_bits, value_axis))
         self.group_size = group_size
         self.prefix = None
-        if prefix_key_bits > key_bits:
+        keys, values = max(prefix_key_bits, key_bits), max(prefix_value_bits, value_bits)
+        if (keys, values) != (key_bits, value_bits):
             self.prefix = Quantize(
-                key_bits=prefix_key_bits, value_bits=value_bits, key_axis="token", value_axis="token",
-                group_size=group_size, prefix_key_bits=prefix_key_bits,
+                key_bits=keys, value_bits=values, key_axis="token", value_axis="token", group_size=group_size,
+                prefix_key_bits=keys, prefix_value_bits=values,
             )  # fmt: skip
 
     def apply(self, layer: RaggedLayer, evicted: Evicted | None = None) -> RaggedLayer:
+        importance = None
+        if self.is_mixed and evicted is not None and evicted.queries is not None:
+            importance = evicted.key_importance
         if evicted is None or self.prefix is None or not evicted.prefix_len:
-            return self._coded(layer)
+            return self._coded(layer, importance)
         is_prefix = torch.zeros(layer.offsets[-1], dtype=torch.bool, device=layer.device)
         for start in layer.offsets[:-1]:
             is_prefix[start : start + evicted.prefix_len] = True
         prefix, rest = self.prefix._coded(layer.part(is_prefix)), layer.part(~is_prefix)
-        return replace(prefix, lower=self._coded(rest)) if rest.offsets[-1] else prefix
+        return replace(prefix, lower=self._coded(rest, importance)) if rest.offsets[-1] else prefix
 
-    def _coded(self, layer: RaggedLayer) -> RaggedLayer:
-        """All pairs alike."""
+    def _coded(self, layer: RaggedLayer, key_importance: Tensor | None = None) -> RaggedLayer:
+        """All pairs alike.  key_importance: [Hkv, D], or None = the same for all."""
+        stored = zip((layer.keys, layer.values), self.layouts(layer.head_dim), (key_importance, None), strict=True)
         keys, values = (
-            pairs if layout is None or not isinstance(pairs, Tensor) else quantize(pairs, layer.offsets, layout)
-            for pairs, layout in zip((layer.keys, layer.values), self.layouts(layer.head_dim), strict=True)
+            pairs if layout is None or not isinstance(pairs, Tensor) else quantize(pairs, layer.offsets, layout, own)
+            for pairs, layout, own in stored
         )
         return replace(layer, keys=keys, values=values)
 
-    def read_back(self, which: Which, pairs: Tensor, scores: Tensor | None = None, prefix_len: int = 0) -> Tensor:
+    def read_back(
+        self,
+        which: Which,
+        pairs: Tensor,
+        scores: Tensor | None = None,
+        prefix_len: int = 0,
+        importance: Tensor | None = None,
+    ) -> Tensor:
         if prefix_len and self.prefix is not None:
-            parts = self.prefix.read_back(which, pairs[:prefix_len]), self.read_back(which, pairs[prefix_len:])
-            return torch.cat(parts)
+            rest = self.read_back(which, pairs[prefix_len:], importance=importance)
+            return torch.cat([self.prefix.read_back(which, pairs[:prefix_len]), rest])
         key_layout, value_layout = self.layouts(pairs.shape[1])
         layout = key_layout if which == "keys" else value_layout
         if layout is None or not len(pairs):
             return pairs
-        return quantize(pairs, (0, len(pairs)), layout).read((0, len(pairs)), 0, 0, len(pairs))
+        own = None if importance is None else importance.unsqueeze(0)
+        return quantize(pairs, (0, len(pairs)), layout, own).read((0, len(pairs)), 0, 0, len(pairs))
 
     def layouts(self, head_dim: int) -> Iterator[Layout | None]:
         """Of the keys, then of the values; None where they stay as they are."""
         divisor = next(size for size in range(min(self.group_size, head_dim), 0, -1) if head_dim % size == 0)
         for bits, axis in self.parts:
-            yield None if bits == UNCHANGED else Layout(bits, axis, divisor if axis == "token" else self.group_size)
+            size = divisor if axis == "token" else self.group_size
+            yield None if bits == UNCHANGED else Layout(bits, axis, size, self.is_mixed and axis == "channel")
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
         return sum(
