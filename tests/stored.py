@@ -36,7 +36,7 @@ MIXED_SHAPE = replace(
     LEVELS_SHAPE,
     levels=(
         (Layout(8, "token", 4), Layout(3, "channel", 5, mixed=True)),
-        (Layout(3, "channel", 3, True), Layout(3, "token", 8)),
+        (Layout(3, "channel", 3, mixed=True), Layout(3, "token", 8, rotated=True)),
     ),
 )
 Stored = tuple[RaggedContext, "SavedTail | None"]

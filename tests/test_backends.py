@@ -67,7 +67,9 @@ def test_decoding_is_attention_to_context_and_tail(name: str, tail_len: int) -> 
         torch.testing.assert_close(out[:, rows], expected, atol=1e-5, rtol=1e-5)
 
 
-LAYOUTS = [
+Layouts = list[tuple[Layout | None, Layout | None]]
+
+LAYOUTS: Layouts = [
     (Layout(8, "token", 16), Layout(4, "token", 16)),
     (Layout(4, "channel", 32), Layout(2, "token", 8)),
     (Layout(2, "channel", 7), Layout(8, "channel", 64)),
@@ -77,11 +79,17 @@ LAYOUTS = [
 ]
 
 
-def in_levels(lengths: list[int], head_dim: int = 16, with_bias: bool = False) -> tuple[RaggedLayer, RaggedLayer]:
+ROTATED: Layouts = [(Layout(4, "channel", 32), Layout(4, "token", 16, rotated=True)), (None, Layout(3, "token", 8, rotated=True)),
+           (Layout(3, "channel", 9, mixed=True), Layout(4, "channel", 16, mixed=True, rotated=True))]  # fmt: skip
+
+
+def in_levels(
+    lengths: list[int], head_dim: int = 16, with_bias: bool = False, layouts: Layouts = LAYOUTS
+) -> tuple[RaggedLayer, RaggedLayer]:
     """A layer whose pairs stand in several precisions, and the same pairs as floats, one level."""
-    whole = [ragged_layer(lengths, seed, with_bias, head_dim) for seed in range(len(LAYOUTS))]
+    whole = [ragged_layer(lengths, seed, with_bias, head_dim) for seed in range(len(layouts))]
     stored = None
-    for layer, (keys, values) in zip(reversed(whole), reversed(LAYOUTS), strict=True):
+    for layer, (keys, values) in zip(reversed(whole), reversed(layouts), strict=True):
         stored = RaggedLayer(
             *(
                 t if layout is None else quantize(t, layer.offsets, layout)
@@ -97,7 +105,7 @@ def in_levels(lengths: list[int], head_dim: int = 16, with_bias: bool = False) -
     heads = [slice(a, b) for a, b in pairwise(whole[0].offsets)]
     keys, values = (torch.cat([level[i][head] for head in heads for level in read]) for i in (0, 1))
     biases = [torch.cat([layer.bias[head] for head in heads for layer in whole])] if with_bias else [None]
-    return stored, RaggedLayer(keys, values, whole[0].cu_seqlens * len(LAYOUTS), None, biases[0])
+    return stored, RaggedLayer(keys, values, whole[0].cu_seqlens * len(layouts), None, biases[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,8 +116,11 @@ def test_pairs_in_several_precisions_equal_the_same_pairs_as_floats(
     name: str, lengths: list[int], head_dim: int, rows: tuple[int, int, int]
 ) -> None:
     batch, groups, q_len = rows
-    for with_bias, softcap in ((True, None), (False, None), (False, 3.0)):
-        stored, floats = in_levels(lengths, head_dim, with_bias)
+    cases = [(True, None, LAYOUTS), (False, None, LAYOUTS), (False, 3.0, LAYOUTS)]
+    if head_dim & (head_dim - 1) == 0:
+        cases += [(True, None, ROTATED), (False, 3.0, ROTATED)]
+    for with_bias, softcap, layouts in cases:
+        stored, floats = in_levels(lengths, head_dim, with_bias, layouts)
         query = torch.randn(batch, 3 * groups, q_len, head_dim, generator=torch.Generator().manual_seed(4))
         found = get_backend(name).attend_ragged(query, stored, scale=0.2, softcap=softcap)
         expected = get_backend("reference").attend_ragged(query, floats, scale=0.2, softcap=softcap)

@@ -83,6 +83,7 @@ def test_what_is_stored_is_read_as_the_same_method(name: str, budget: str, data:
            for level in ("high", "low") for which in ("key", "value")},
         "prefix_value_bits": st.sampled_from([16, 8, 4, 2]),
         "prefix_key_bits": st.sampled_from([16, 8, 4, 2]), "channels": st.sampled_from(["equal", "mixed"]),
+        "values": st.sampled_from(["plain", "rotated"]),
     }  # fmt: skip
     given_options = {option: data.draw(values[option]) for option in all_options(name)}
     text = name + (":" + ",".join(f"{k}={v}" for k, v in given_options.items()) if given_options else "")

@@ -26,6 +26,7 @@ from kvzip.ops.quantize import (
     Layout,
     QuantizedPairs,
     allot,
+    hadamard_matrix,
     pack_codes,
     pack_stream,
     quantize,
@@ -206,6 +207,26 @@ def test_channels_that_matter_are_closer_where_codes_are_mixed() -> None:
     assert off[True] < 0.5 * off[False]
 
 
+def test_rotated_codes_are_of_the_vectors_times_the_matrix() -> None:
+    matrix = hadamard_matrix(16)
+    assert torch.allclose(matrix @ matrix, torch.eye(16), atol=1e-6) and torch.equal(matrix, matrix.T)
+    assert torch.equal(matrix.abs(), torch.full((16, 16), 0.25)) and (matrix[0] > 0).all()
+    numbers, plain = random(0, 200, 16), Layout(4, "token", 8)
+    rotated = quantize(numbers, OFFSETS, replace(plain, rotated=True))
+    expected = quantize(numbers @ matrix, OFFSETS, plain)
+    assert torch.equal(rotated.codes, expected.codes) and torch.equal(rotated.scales, expected.scales)
+    torch.testing.assert_close(read_all(rotated, OFFSETS), read_all(expected, OFFSETS) @ matrix)
+
+
+def test_vectors_with_single_large_numbers_are_closer_where_codes_are_rotated() -> None:
+    numbers = random(0, 200, 64) * (random(1, 200, 64) > 2).float() * 5 + random(2, 200, 64)
+    off = {}
+    for rotated in (False, True):
+        pairs = quantize(numbers, (0, 200), Layout(3, "token", 64, rotated=rotated))
+        off[rotated] = float((pairs.read((0, 200), 0, 0, 200) - numbers).square().sum())
+    assert off[True] < 0.6 * off[False]
+
+
 def test_a_head_whose_numbers_are_all_the_same_is_exact() -> None:
     numbers = torch.full((9, 16), 2.5)
     pairs = quantize(numbers, (0, 9), Layout(3, "channel", 4, mixed=True))
@@ -245,6 +266,8 @@ def test_what_can_not_be_stored() -> None:
     for layout in (Layout(4, "token", 16), Layout(4, "channel", 16, mixed=True)):
         with pytest.raises(InputError, match="beyond the range of float16"):
             quantize(random(0, 4, 16) * 1e6, (0, 4), layout)
+    with pytest.raises(InputError, match="vectors of 24 numbers can't be rotated"):
+        quantize(random(0, 4, 24), (0, 4), Layout(4, "token", 8, rotated=True))
     with pytest.raises(InputError, match="a head size of 12 does not go with mixed codes or 6 bits: take 8 bits"):
         quantize(random(0, 4, 12), (0, 4), Layout(6, "token", 12))
     with pytest.raises(InputError, match="group_size 4 does not go with 3 bits: give a multiple of 8"):
@@ -277,7 +300,7 @@ MIXED = "quantize:key_bits=3,value_bits=4,value_axis=channel,group_size=32,chann
 
 @pytest.mark.parametrize(
     "method",
-    ["int8", "int4", "k8v4", "quantize:key_bits=16,value_bits=2", "kvzip+int4", "int4:value_bits=3,group_size=8", MIXED,
+    ["int8", "int4", "k8v4", "quantize:key_bits=16,value_bits=2", "kvzip+int4", "int4:value_bits=3,group_size=8,values=rotated", MIXED,
      f"kvzip+{MIXED}", f"kvzip+refit+{MIXED}"],
 )  # fmt: skip
 def test_a_quantized_context_is_the_one_of_what_its_codes_read_as(case: SimpleNamespace, method: str) -> None:

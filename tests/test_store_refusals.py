@@ -259,7 +259,7 @@ MIXED_REFUSALS: list[tuple[Callable[[Parts], None], str]] = [
     (edit_tensor("layers.0.values.widths", None), "layers.0.values.widths"),
     (add("layers.0.keys.widths"), "layers.0.keys.widths"),
     *((edit_storage(lambda c, v=v: c["levels"][0][0][1].update(v)), "") for v in (
-        {"mixed": False}, {"mixed": 1}, {"mixed": None}, {"axis": "token"}, {"bits": 7}, {"bits": 4}, {"bits": 3.0},
+        {"mixed": False}, {"mixed": 1}, {"rotated": 0}, {"mixed": None}, {"axis": "token"}, {"bits": 7}, {"bits": 4}, {"bits": 3.0},
     )),
 ]  # fmt: skip
 

@@ -42,7 +42,7 @@ class Store(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "widths", "end")),
-        *((name, ctypes.c_int32) for name in ("bits", "group_size", "per_channel")),
+        *((name, ctypes.c_int32) for name in ("bits", "group_size", "per_channel", "rotated")),
     )
 
     @classmethod
@@ -60,6 +60,7 @@ class Store(ctypes.Structure):
             bits=layout.bits,
             group_size=layout.group_size,
             per_channel=layout.axis == "channel",
+            rotated=layout.rotated,
         )
 
 

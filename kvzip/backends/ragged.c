@@ -49,11 +49,12 @@ static inline ALWAYS void add_values(float *out, const float *weights, int strid
 
 // Keys or values: float32 (bits = 32), or codes with float16 scales and zeros. kvzip/ops/quantize.py is the layout.
 // widths: bits of each channel [heads, dim] where a row is a string of bits, else null.  end: behind the last code.
+// rotated: vectors stand times a Hadamard matrix.
 typedef struct {
   const void *data;
   const uint16_t *scales, *zeros;
   const uint8_t *widths, *end;
-  int32_t bits, group_size, per_channel;
+  int32_t bits, group_size, per_channel, rotated;
 } Store;
 
 // Added to the logits of pairs: float32 or float16, or null.
@@ -235,6 +236,16 @@ static inline ALWAYS void read_rows(const Store *s, int first, int count, Channe
     else if (s->bits == 4) read_row(s, first + j, channels, 4, dim, to);
     else read_row(s, first + j, channels, 2, dim, to);
   }
+}
+
+// A row times a Hadamard matrix of +-1.
+static void rotate(float *row, int dim) {
+  for (int half = 1; half < dim; half *= 2)
+    for (int i = 0; i < dim; i += 2 * half)
+      for (int j = i; j < i + half; j++) {
+        float a = row[j], b = row[j + half];
+        row[j] = a + b, row[j + half] = a - b;
+      }
 }
 
 #define LANES 4

@@ -3,12 +3,14 @@
 A number x of a group stands as the code round((x - zero) / scale), and is read as zero + scale * code. zero is the
 group's least number rounded down to float16, scale its range over the largest code rounded up: so no number is clipped,
 and each is off by half a scale at most. Mixed codes give each channel of a head its own number of bits; there the range
-of a group is narrowed where that makes the squared error less.
+of a group is narrowed where that makes the squared error less. Rotated codes are of a pair's vector times a Hadamard
+matrix, whose numbers are more alike, so that a scale along the pair is smaller (QuaRot, arXiv 2404.00456).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -33,12 +35,14 @@ class Layout:
     bits: 8, 6, 5, 4, 3 or 2 a number.  axis: "token" = `group_size` neighbouring channels of a pair share a scale,
     "channel" = one channel of `group_size` neighbouring pairs of a head does (the last group of a head may be smaller).
     mixed: `bits` is a mean, and each channel of a head has its own number of them; on the "channel" axis.
+    rotated: codes are of the vectors times `hadamard_matrix`; the head size is a power of 2.
     """
 
     bits: int
     axis: Axis
     group_size: int
     mixed: bool = False
+    rotated: bool = False
 
     @property
     def is_stream(self) -> bool:
@@ -53,6 +57,8 @@ class Layout:
             raise InputError(f"group_size {self.group_size} does not divide the head size {head_dim}: give a divisor")
         if self.mixed and self.axis == "token":
             raise InputError("channels can't have bits of their own where they share a scale: take the axis 'channel'")
+        if self.rotated and head_dim & (head_dim - 1):
+            raise InputError(f"vectors of {head_dim} numbers can't be rotated, only those of a power of 2")
         if self.is_stream and head_dim % STREAM_STEP:
             raise InputError(f"a head size of {head_dim} does not go with mixed codes or {self.bits} bits: take 8 bits")
         if self.is_stream and self.axis == "token" and self.group_size % STREAM_STEP:
@@ -130,10 +136,12 @@ class QuantizedPairs:
         if self.layout.axis == "token":
             groups = numbers.reshape(len(numbers), self.scales.shape[1], self.layout.group_size)
             scales, zeros = (t[rows].float().unsqueeze(2) for t in (self.scales, self.zeros))
-            return (groups * scales + zeros).flatten(1).to(self.dtype)
-        first = self.layout.num_groups(offsets[: head + 1])
-        group = first + torch.arange(start, stop, device=self.device) // self.layout.group_size
-        return (numbers * self.scales[group].float() + self.zeros[group].float()).to(self.dtype)
+            found = (groups * scales + zeros).flatten(1)
+        else:
+            first = self.layout.num_groups(offsets[: head + 1])
+            group = first + torch.arange(start, stop, device=self.device) // self.layout.group_size
+            found = numbers * self.scales[group].float() + self.zeros[group].float()
+        return (_rotated(found) if self.layout.rotated else found).to(self.dtype)
 
     def _unpacked(self, rows: slice, head: int) -> Tensor:
         """The codes of these rows, all of one head: [n, D] uint8."""
@@ -159,7 +167,7 @@ def quantize(
     Raises InputError where the layout does not fit, or a number is beyond float16.
     """
     layout.check(pairs.shape[1])
-    numbers, widths = pairs.float(), None
+    numbers, widths = _rotated(pairs.float()) if layout.rotated else pairs.float(), None
     if layout.mixed:
         variances = _variances(numbers, offsets, layout)
         widths = allot(variances if importance is None else importance * variances, layout.bits)
@@ -180,6 +188,21 @@ def quantize(
     else:
         packed = pack_codes(codes, layout.bits)
     return QuantizedPairs(packed, scales, zeros, layout, pairs.dtype, widths)
+
+
+@lru_cache(maxsize=4)
+def hadamard_matrix(size: int) -> Tensor:
+    """[size, size] float32 on the CPU, +-1 / sqrt(size), by Sylvester's construction; it is its own inverse."""
+    index = torch.arange(size)
+    signs = torch.zeros(size, size, dtype=torch.int64)
+    for bit in range(size.bit_length()):  # of i and j, how many bits are set in both
+        signs += (index[:, None] & index[None, :]) >> bit & 1
+    return (1 - 2 * (signs % 2)).float() / size**0.5
+
+
+def _rotated(numbers: Tensor) -> Tensor:
+    """Vectors [N, D] float32 times the matrix, and back."""
+    return numbers @ hadamard_matrix(numbers.shape[1]).to(numbers.device)
 
 
 def allot(importance: Tensor, bits: int) -> Tensor:

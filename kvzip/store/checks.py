@@ -49,7 +49,7 @@ def check_header(metadata: Mapping[str, str], specs: Mapping[str, Spec]) -> File
     storage = plain if version == PLAIN_VERSION else storage_in(metadata)
     if version == PLAIN_VERSION and any(_is_bias(name) and spec[0] == "F16" for name, spec in specs.items()):
         raise Refused("it has biases in F16, which format version 1 does not know")
-    if version != FORMAT_VERSION and storage.has_streams:
+    if version != FORMAT_VERSION and storage.is_latest:
         raise Refused(f"its 'storage' has layouts that format version {version} does not know")
     _check_specs(specs, windows, storage)
     has_tail = "tail.token_ids" in specs

@@ -14,7 +14,7 @@ from kvzip.context import LOSS_RANGES, ContextInfo
 from kvzip.ops.quantize import AXES, BITS, Axis, Layout
 from kvzip.store.refusal import Refused, short
 
-VERSIONS = ("1", "2", "3")  # without `storage`; with it; with codes that are strings of bits: each file has the least
+VERSIONS = ("1", "2", "3")  # without `storage`; with it; with strings of bits or rotations: each file has the least
 PLAIN_VERSION, FORMAT_VERSION = VERSIONS[0], VERSIONS[-1]
 MAX_GROUP_SIZE = 1 << 16
 MAX_CACHE_STEPS = 64
@@ -75,10 +75,10 @@ class Storage:
         return content | {name: value for name, value in (("shared", shared), ("clusters", named)) if value}
 
     @property
-    def has_streams(self) -> bool:
-        """Whether some codes are strings of bits."""
+    def is_latest(self) -> bool:
+        """Whether some codes are strings of bits, or rotated."""
         layouts = (layout for _, _, pair in self.named() for layout in pair)
-        return any(layout is not None and layout.is_stream for layout in layouts)
+        return any(layout is not None and (layout.is_stream or layout.rotated) for layout in layouts)
 
     def named(self) -> Iterator[tuple[int, str, Layouts]]:
         """(layer, what the names of its tensors begin with, layouts) of each level, in order."""
@@ -144,19 +144,16 @@ def _layouts_in(level: Any) -> Layouts:
 def _layout_in(content: Any) -> Layout:
     if not isinstance(content, dict):
         raise Refused("its 'storage' has a layout that is not an object")
-    bits, group_size, mixed = content.get("bits"), content.get("group_size"), content.get("mixed", False)
+    bits, group_size = content.get("bits"), content.get("group_size")
+    flags = [content.get(name, False) for name in ("mixed", "rotated")]
     axis: Axis | None = next((known for known in AXES if known == content.get("axis")), None)
-    if (
-        type(bits) is not int
-        or bits not in BITS
-        or axis is None
-        or type(group_size) is not int
-        or type(mixed) is not bool
-    ):
+    if type(bits) is not int or type(group_size) is not int or any(type(flag) is not bool for flag in flags):
+        raise Refused("its 'storage' has a layout with members of a wrong type")
+    if bits not in BITS or axis is None:
         raise Refused("its 'storage' has a layout with unknown members")
     if not 0 < group_size <= MAX_GROUP_SIZE:
         raise Refused(f"its 'storage' has a group size of {group_size}, allowed: 1 to {MAX_GROUP_SIZE}")
-    return Layout(bits, axis, group_size, mixed)
+    return Layout(bits, axis, group_size, *flags)
 
 
 def windows_in(metadata: Mapping[str, str]) -> list[int | None]:

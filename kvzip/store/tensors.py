@@ -79,7 +79,7 @@ def version_of(context: RaggedContext, storage: Storage) -> str:
     biases = (level.bias for layer in context.stored_layers.values() for level in layer.levels)
     has_half = any(bias is not None and bias.dtype == torch.float16 for bias in biases)
     is_plain = not (has_half or storage.clusters) and all(levels == ((None, None),) for levels in storage.levels)
-    return PLAIN_VERSION if is_plain else VERSIONS[1 + storage.has_streams]
+    return PLAIN_VERSION if is_plain else VERSIONS[1 + storage.is_latest]
 
 
 def context_of(tensors: Mapping[str, Tensor], header: FileInfo) -> RaggedContext:

@@ -16,20 +16,22 @@ from kvzip.transforms.base import BaseTransform, Evicted, Which
 
 Bits = Literal[16, 8, 6, 5, 4, 3, 2]
 Channels = Literal["equal", "mixed"]
+Values = Literal["plain", "rotated"]
 UNCHANGED = 16
 
 
 class Quantize(BaseTransform):
     """Each number in few bits, with a float16 scale and zero for each group (`kvzip.ops.quantize`).
 
-    key_bits, value_bits: of a number; 16 leaves the numbers as they are.  key_axis, value_axis: whether neighbouring
-    channels of a pair share a scale ("token") or neighbouring pairs of a head do, channel by channel ("channel"). Keys
-    have channels that are large in every pair, so few bits want "channel".  group_size: numbers that share a scale; on
-    the "token" axis the largest divisor of the head size up to it.  prefix_key_bits, prefix_value_bits: of the
-    prefix's, along "token", where that is more: the sinks there draw most of the attention, and their keys would widen
-    the scales of their neighbours.  channels: "mixed" gives each channel of a head its own number of bits, as many on
-    average, where scales are shared along "channel": of keys more to those where an error moves the logits of replayed
-    queries most.  Sliding windows are not quantized.  Attention reads the codes block by block.
+    key_bits, value_bits: of a number; 16 leaves the numbers as they are. key_axis, value_axis: whether neighbouring
+    channels of a pair share a scale ("token") or neighbouring pairs of a head do, channel by channel ("channel").
+    Keys have channels that are large in every pair, so few bits want "channel". group_size: numbers that share a
+    scale; on the "token" axis the largest divisor of the head size up to it. prefix_key_bits, prefix_value_bits: of
+    the prefix's, along "token", where that is more: the sinks there draw most of the attention, and their keys
+    would widen the scales of their neighbours. channels: "mixed" gives each channel of a head its own number of
+    bits, as many on average, where scales are shared along "channel": of keys more to those where an error moves
+    the logits of replayed queries most. values: "rotated" stores them times a Hadamard matrix, whose numbers are
+    more alike. Sliding windows are not quantized. Attention reads the codes block by block.
     """
 
     summary = "few bits a number, scales by group"
@@ -47,16 +49,18 @@ class Quantize(BaseTransform):
         prefix_key_bits: Bits = 8,
         prefix_value_bits: Bits = 4,
         channels: Channels = "equal",
+        values: Values = "plain",
     ) -> None:
+        self.has_rotated_values = values == "rotated"
         self.is_mixed = self.needs_queries = channels == "mixed"
         self.parts: tuple[tuple[Bits, Axis], ...] = ((key_bits, key_axis), (value_bits, value_axis))
         self.group_size = group_size
         self.prefix = None
-        keys, values = max(prefix_key_bits, key_bits), max(prefix_value_bits, value_bits)
-        if (keys, values) != (key_bits, value_bits):
+        more = max(prefix_key_bits, key_bits), max(prefix_value_bits, value_bits)
+        if more != (key_bits, value_bits):
             self.prefix = Quantize(
-                key_bits=keys, value_bits=values, key_axis="token", value_axis="token", group_size=group_size,
-                prefix_key_bits=keys, prefix_value_bits=values,
+                key_bits=more[0], value_bits=more[1], key_axis="token", value_axis="token", group_size=group_size,
+                prefix_key_bits=more[0], prefix_value_bits=more[1], values=values,
             )  # fmt: skip
 
     def apply(self, layer: RaggedLayer, evicted: Evicted | None = None) -> RaggedLayer:
@@ -101,9 +105,9 @@ class Quantize(BaseTransform):
     def layouts(self, head_dim: int) -> Iterator[Layout | None]:
         """Of the keys, then of the values; None where they stay as they are."""
         divisor = next(size for size in range(min(self.group_size, head_dim), 0, -1) if head_dim % size == 0)
-        for bits, axis in self.parts:
-            size = divisor if axis == "token" else self.group_size
-            yield None if bits == UNCHANGED else Layout(bits, axis, size, self.is_mixed and axis == "channel")
+        for (bits, axis), rotated in zip(self.parts, (False, self.has_rotated_values), strict=True):
+            size, is_mixed = divisor if axis == "token" else self.group_size, self.is_mixed and axis == "channel"
+            yield None if bits == UNCHANGED else Layout(bits, axis, size, is_mixed, rotated)
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
         return sum(
