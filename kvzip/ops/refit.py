@@ -51,7 +51,7 @@ class Block:
     took: Tensor
     beside: Tensor
 
-    def part(self, rows: slice) -> Block:
+    def part(self, rows: slice | Tensor) -> Block:
         """That of some of the queries."""
         return Block(self.kept[rows], self.took[rows], self.beside[rows])
 

@@ -21,6 +21,8 @@ from kvzip.transforms.base import BaseTransform, Evicted
 
 SYSTEMS = 16  # blocks of heads that are pursued at a time
 OTHERS = 2  # of queries that repeat a block, one of those that don't is taken for so many
+CANDIDATES = 1.5  # times as many pairs as stay are looked at by the pursuit
+THINNED = 2  # of so many tokens whose queries are fitted to, the pursuit looks at those of one
 
 
 class Refit(BaseTransform):
@@ -50,7 +52,7 @@ class Refit(BaseTransform):
         while batch := list(islice(wholes, SYSTEMS)):
             for whole, taken in zip(batch, _pursued(batch), strict=True):
                 if whole.loss(taken) < whole.loss(whole.kept):
-                    mask[whole.head, whole.part] = taken
+                    mask[whole.head, whole.places] = taken
         return mask
 
     def apply(self, layer: RaggedLayer, evicted: Evicted) -> RaggedLayer:
@@ -77,7 +79,8 @@ class Shown:
     """The queries that a block of a layer is fitted to, the held-out ones last; R rows a KV head.
 
     query: [Hkv, R, D], scaled.  lse: [Hkv, R].  seen: [Hkv, R, D + 1], what each put out over all that it saw, and a
-    mass of 1.  is_near: [R] 1 or 0, whether that held the block.  num_fitted: rows that are not held out.
+    mass of 1.  is_near: [R] 1 or 0, whether that held the block.  num_fitted: rows that are not held out.  groups: rows
+    of one token, beside one another.
     """
 
     query: Tensor
@@ -85,6 +88,12 @@ class Shown:
     seen: Tensor
     is_near: Tensor
     num_fitted: int
+    groups: int
+
+    def thinned(self, fitted: Block) -> Block:
+        """The block as some of the queries see it that are fitted to, evenly spread."""
+        rows = torch.arange(self.num_fitted, device=fitted.kept.device)
+        return fitted.part(rows[rows // self.groups % THINNED == 0])
 
     def block(self, head: int, attention: Tensor, values: Tensor, kept: Tensor) -> tuple[Block, Block]:
         """The block as queries see it that are fitted to, and as the held-out ones do.
@@ -128,15 +137,15 @@ def _attention(shown: Shown, head: int, keys: Tensor, softcap: float | None) -> 
 
 @dataclass(frozen=True)
 class Whole:
-    """All pairs of one block of one head, those that are gone too.
+    """The pairs of one block of one head among which the pursuit chooses.
 
-    part: where they stand in prefix and context.  kept: [m] bool, the pairs that the method keeps.  values: [m, D].
-    moments: of all of them.  targets: [m, r], of them with the principal directions of outputs and mass.  judge: the
-    block as the held-out queries see it, with all its columns.
+    places: [m] int64, where they stand in prefix and context.  kept: [m] bool, the pairs that the method keeps, all of
+    which are here.  values: [m, D].  moments: of all of them.  targets: [m, r], of them with the principal directions of
+    outputs and mass.  judge: the block as the held-out queries see it, with all these columns.
     """
 
     head: int
-    part: slice
+    places: Tensor
     kept: Tensor
     values: Tensor
     moments: Moments
@@ -161,12 +170,26 @@ def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
             keys, values = (pairs[head, part].float() for pairs in (evicted.keys, evicted.values))
             attention = _attention(shown, head, keys, queries.softcap)
             fitted, judge = shown.block(head, attention, values, attention)
-            moments = Moments.of(fitted)
+            mass = fitted.took[:, :-1].norm() / fitted.took[:, -1].norm()  # so it weighs as much as the outputs
+            scale = torch.cat([torch.ones_like(values[0]), mass[None]])
+            directions = scale.unsqueeze(1) * principal(fitted.took * scale)
+            chosen = _candidates(fitted, directions, kept)
+            fitted, judge = (replace(block, kept=block.kept[:, chosen]) for block in (fitted, judge))
+            moments = Moments.of(shown.thinned(fitted))
             if moments.is_seen:
-                mass = fitted.took[:, :-1].norm() / fitted.took[:, -1].norm()  # so it weighs as much as the outputs
-                scale = torch.cat([torch.ones_like(values[0]), mass[None]])
-                directions = scale.unsqueeze(1) * principal(fitted.took * scale)
-                yield Whole(head, part, kept, values, moments, moments.took @ directions, judge)
+                targets = moments.took @ directions
+                yield Whole(head, part.start + chosen, kept[chosen], values[chosen], moments, targets, judge)
+
+
+def _candidates(block: Block, directions: Tensor, kept: Tensor) -> Tensor:
+    """The pairs among which the pursuit chooses, those that are kept and others that explain much alone: [n] int64.
+
+    directions: [D + 1, r] of the targets.  kept: [m] bool.
+    """
+    alone = (block.kept.T @ (block.took @ directions)).square().sum(dim=1)
+    alone /= block.kept.square().sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    count = min(len(kept), round(CANDIDATES * int(kept.sum())))
+    return alone.masked_fill_(kept, math.inf).topk(count).indices.sort().values
 
 
 def _pursued(batch: Sequence[Whole]) -> Iterator[Tensor]:
@@ -201,4 +224,5 @@ def _shown(queries: LayerQueries, number: int, evicted: Evicted) -> Shown:
         seen=with_mass(rows(queries.outputs)),
         is_near=is_near.repeat_interleave(groups).float().to(evicted.keys.device),
         num_fitted=int((~is_held_out).sum()) * groups,
+        groups=groups,
     )
