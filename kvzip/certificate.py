@@ -1,7 +1,8 @@
 """A measured statement of what a compressed context lost, from parts of its text that the model is made to write again.
 
 The probe is one row of tokens behind the context: what opens the model's turn, and then spans of the text one after
-another, each from a place of its own. Both caches are shown it, teacher-forced, side by side in one forward pass, or
+another, each from a place of its own; of a text that is long enough, also turns that quote a few words and ask what
+follows them, with the answer. Both caches are shown it, teacher-forced, side by side in one forward pass, or
 in one each where the full cache has to give way first. The first tokens of a span say which place is meant; at the
 others the distributions of the next token are compared.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvzip.chunks import equal_parts
+from kvzip.chunks import Asking, equal_parts
 from kvzip.compress import Engine, FullContext
 from kvzip.context import RaggedContext
 from kvzip.hf.cache import SessionCache
@@ -34,12 +35,15 @@ MAX_COST = 0.25  # of the prefill, for both caches
 BOTH_LEN = 4096  # tokens of prefix and context up to which both caches may be held at a time
 EFFICIENCY = 0.6  # of a pass over few tokens, against one over a block of the prefill: measured, docs/log.md
 SPAN_LEN, OPENING_LEN = 10, 3  # tokens of a span, and how many of them open it
+QUOTE_LEN, ANSWER_LEN = 6, 7  # tokens of the text that a made question quotes, and that follow them
 MIN_SPANS, MAX_SPANS = 2, 24
+MIN_QUESTIONS, MAX_QUESTIONS = 2, 6
+QUESTION_SHARE = 0.5  # of what a probe may cost, at most
 CONFIDENCE = 0.95
 # one-sided 95% quantiles of Student's t by degrees of freedom, 1 first
 T_QUANTILES = (
-    6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782,
-    1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725, 1.721, 1.717, 1.714,
+    6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753,
+    1.746, 1.740, 1.734, 1.729, 1.725, 1.721, 1.717, 1.714, 1.711, 1.708, 1.706, 1.703, 1.701, 1.699,
 )  # fmt: skip
 ROWS = 36  # tokens compared at a time: two rows of the vocabulary each, and the head's weights are read once for all
 
@@ -49,51 +53,73 @@ class Probe:
     """What both caches are shown.
 
     ids: [T] int64.  asked: [n] int64, the tokens of it behind which the next one is foretold.  expected: [n], the
-    text's own next tokens.  span_of: [n] int64, which span each belongs to.
+    text's own next tokens.  item_of: [n] int64, which span or question each belongs to, spans first.  num_questions:
+    how many of these are made questions.
     """
 
     ids: Tensor
     asked: Tensor
     expected: Tensor
-    span_of: Tensor
+    item_of: Tensor
+    num_questions: int
 
 
-def make_probe(before: Tensor, context_ids: Tensor, num_spans: int) -> Probe:
+def make_probe(
+    before: Tensor, context_ids: Tensor, num_spans: int, asking: Asking | None = None, num_questions: int = 0
+) -> Probe:
     """The probe of a text, the same for the same tokens.
 
-    before: [R], what stands before the spans.  context_ids: [S], at least SPAN_LEN.  Each span begins at a random place
-    of its own part of the text, these being equally long, and they come in random order.
+    before: [R], what stands before the spans.  context_ids: [S], at least SPAN_LEN, with questions at least as many
+    tokens as these quote and answer.  asking: what stands around the quotes of questions.  Spans, and questions too,
+    begin at a random place each of its own part of the text, these being equally long, and come in random order.
     """
-    starts = _starts(context_ids, num_spans)
-    spans = [context_ids[start : start + SPAN_LEN] for start in starts]
-    first = torch.arange(num_spans) * SPAN_LEN + len(before)
-    asked = first.unsqueeze(1) + torch.arange(OPENING_LEN - 1, SPAN_LEN - 1)
-    return Probe(
-        ids=torch.cat([before, *spans]),
-        asked=asked.flatten(),
-        expected=torch.cat([span[OPENING_LEN:] for span in spans]),
-        span_of=torch.arange(num_spans).repeat_interleave(SPAN_LEN - OPENING_LEN),
-    )
+    rows, asked, expected = [before], list[Tensor](), list[Tensor]()
+
+    def add(shown: Sequence[Tensor], answer: Tensor) -> None:
+        rows.extend([*shown, answer])
+        first = sum(len(row) for row in rows) - len(answer) - 1  # what foretells the first token of the answer
+        asked.append(torch.arange(first, first + len(answer)))
+        expected.append(answer)
+
+    rng = random.Random(hashlib.sha256(context_ids.to(torch.int32).numpy().tobytes()).digest())
+    for start in _starts(rng, len(context_ids) - SPAN_LEN, num_spans):
+        span = context_ids[start : start + SPAN_LEN]
+        add([span[:OPENING_LEN]], span[OPENING_LEN:])
+    if asking is not None:
+        for start in _starts(rng, len(context_ids) - QUOTE_LEN - ANSWER_LEN, num_questions):
+            quote, answer = context_ids[start:][:QUOTE_LEN], context_ids[start + QUOTE_LEN :][:ANSWER_LEN]
+            add([asking.before, quote, asking.after], answer)
+    item_of = torch.cat([torch.full((len(answer),), number) for number, answer in enumerate(expected)])
+    return Probe(torch.cat(rows), torch.cat(asked), torch.cat(expected), item_of, num_questions)
 
 
-def _starts(context_ids: Tensor, num_spans: int) -> list[int]:
-    digest = hashlib.sha256(context_ids.to(torch.int32).numpy().tobytes()).digest()
-    rng, last = random.Random(digest), len(context_ids) - SPAN_LEN
-    bounds = [last * i // num_spans for i in range(num_spans + 1)]
+def _starts(rng: random.Random, last: int, count: int) -> list[int]:
+    """So many places from 0 to `last`, one of each equal part, in random order."""
+    bounds = [last * i // count for i in range(count + 1)] if count else []
     starts = [rng.randint(low, high) for low, high in pairwise(bounds)]
     rng.shuffle(starts)
     return starts
 
 
-def num_spans_within(num_read: int, before_len: int, room: float, head: float) -> int:
-    """How many spans a probe may have, at most MAX_SPANS.
+def probe_size(
+    num_read: int, before_len: int, room: float, head: float, asking_len: int | None = None
+) -> tuple[int, int]:
+    """How many spans and made questions a probe may have.
 
     num_read: tokens that are read, to which the cost is held.  room: positions that the model has left.
-    head: `head_cost` of the model.
+    head: `head_cost` of the model.  asking_len: tokens around the quote of a question; None = no questions.
     """
-    affordable = MAX_COST / 2 * num_read - before_len / EFFICIENCY
+    affordable, place = MAX_COST / 2 * num_read - before_len / EFFICIENCY, room - before_len
+    num_questions = question_cost = question_len = 0.0
+    if asking_len is not None:
+        question_len = asking_len + QUOTE_LEN + ANSWER_LEN
+        question_cost = question_len / EFFICIENCY + head * ANSWER_LEN
+        fit = min(affordable / question_cost, place / question_len) * QUESTION_SHARE
+        num_questions = min(int(max(0.0, fit)), MAX_QUESTIONS)
+        num_questions = num_questions if num_questions >= MIN_QUESTIONS else 0
     span_cost = SPAN_LEN / EFFICIENCY + head * (SPAN_LEN - OPENING_LEN)
-    return max(0, int(min(affordable / span_cost, (room - before_len) / SPAN_LEN, MAX_SPANS)))
+    left = (affordable - num_questions * question_cost) / span_cost, (place - num_questions * question_len) / SPAN_LEN
+    return max(0, int(min(*left, MAX_SPANS))), int(num_questions)
 
 
 class Certifier:
@@ -143,7 +169,7 @@ class Certifier:
         with torch.inference_mode():
             found = compare(self.full.engine, *self._hidden(self.probe, context), self.probe.expected)
         progress("certify", 2 * num_tokens, 2 * num_tokens)
-        loss = statement(found, self.probe.span_of, self._full_s + time.perf_counter() - started)
+        loss = statement(found, self.probe, self._full_s + time.perf_counter() - started)
         return loss if math.isfinite(loss["kl"]) else None
 
     def _hidden(self, probe: Probe, context: RaggedContext) -> tuple[Tensor, Tensor]:
@@ -159,11 +185,13 @@ class Certifier:
 
 def probe_of(full: FullContext) -> Probe | None:
     """The longest probe that costs at most MAX_COST of the prefill; None where that is too short to say anything."""
-    before, limit = full.engine.prompts.after, full.engine.geometry.max_positions
+    engine, length = full.engine, full.context_ids.numel()
+    before, asking, limit = engine.prompts.after, engine.asking, engine.geometry.max_positions
     room = math.inf if limit is None else limit - full.length
-    affordable = num_spans_within(full.length, len(before), room, head_cost(full.engine.model))
-    num_spans = min(affordable, full.context_ids.numel() // SPAN_LEN)
-    return make_probe(before, full.context_ids, num_spans) if num_spans >= MIN_SPANS else None
+    asking_len = None if asking is None else len(asking.before) + len(asking.after)
+    num_spans, num_questions = probe_size(full.length, len(before), room, head_cost(engine.model), asking_len)
+    num_spans = min(num_spans, length // SPAN_LEN)
+    return make_probe(before, full.context_ids, num_spans, asking, num_questions) if num_spans >= MIN_SPANS else None
 
 
 @dataclass(frozen=True)
@@ -192,16 +220,19 @@ def compare(engine: Engine, full: Tensor, compressed: Tensor, expected: Tensor) 
     return Compared(*map(torch.cat, columns))
 
 
-def statement(found: Compared, span_of: Tensor, seconds: float) -> dict[str, Any]:
-    """What `ContextInfo.loss` holds: the means, and how far that of all spans of the text may be above these'."""
-    num_spans = int(span_of.max()) + 1
-    by_span = [float(found.kl[span_of == span].mean()) for span in range(num_spans)]
+def statement(found: Compared, probe: Probe, seconds: float) -> dict[str, Any]:
+    """What `ContextInfo.loss` holds: the means, and how far that of all such items of the text may be above these'."""
+    num_items = int(probe.item_of.max()) + 1
+    by_item = [float(found.kl[probe.item_of == item].mean()) for item in range(num_items)]
     mean = [float(x.double().mean()) for x in (found.kl, found.same, found.right_full, found.right)]
+    made = by_item[num_items - probe.num_questions :]
     return {
-        "tokens": len(span_of),
-        "spans": num_spans,
+        "tokens": len(probe.item_of),
+        "spans": num_items - probe.num_questions,
+        "questions": probe.num_questions,
         "kl": mean[0],
-        "kl_bound": upper_bound(by_span),
+        **({"kl_questions": sum(made) / len(made)} if made else {}),
+        "kl_bound": upper_bound(by_item),
         "confidence": CONFIDENCE,
         "agreement": mean[1],
         "repeated_full": mean[2],

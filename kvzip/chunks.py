@@ -38,6 +38,18 @@ class RepeatPrompts:
         return max(self.first.numel(), self.later.numel() + BRIDGE_LEN) + self.after.numel()
 
 
+@dataclass(frozen=True)
+class Asking:
+    """Token ids of a further turn that asks what follows some words of the context.
+
+    before: closes the model's turn and opens the user's, up to the quoted words.  after: from these to where the model
+    answers.
+    """
+
+    before: Tensor
+    after: Tensor
+
+
 def chunk_slices(context_len: int, chunk_len: int, *, merge_short: bool = True) -> list[slice]:
     """Consecutive chunks of `chunk_len` tokens.
 

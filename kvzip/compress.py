@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvzip.backends import Backend
 from kvzip.budget import Amounts
-from kvzip.chunks import CHUNK_LEN, RepeatPrompts, chunk_slices, fit_chunk_len
+from kvzip.chunks import CHUNK_LEN, Asking, RepeatPrompts, chunk_slices, fit_chunk_len
 from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.fetch.base import BaseFetch
 from kvzip.hf.geometry import Geometry
@@ -40,12 +40,13 @@ PREFILL_BLOCK = 1024  # tokens of one forward pass while reading
 
 @dataclass(frozen=True)
 class Engine:
-    """What reading and replaying need of a model."""
+    """What reading, replaying and measuring need of a model.  asking: None = no questions are made."""
 
     model: PreTrainedModel
     geometry: Geometry
     backend: Backend
     prompts: RepeatPrompts
+    asking: Asking | None = None
 
 
 class FullContext:

@@ -23,9 +23,11 @@ Pairs: TypeAlias = Tensor | QuantizedPairs
 MOST = 1e9  # more than any count, loss or time that a file may state
 LOSS_RANGES = {  # what a statement of the loss may say, and from where to where
     "tokens": (1, MOST),  # at which the full and the compressed cache were compared
-    "spans": (1, MOST),  # of the text, that hold them
+    "spans": (1, MOST),  # of the text, that hold most of them
+    "questions": (0, MOST),  # made of the text, that hold some of them
+    "kl_questions": (0, MOST),  # as `kl`, over these; absent where there are none
     "kl": (0, MOST),  # mean KL(full || compressed) a token, in nats
-    "kl_bound": (0, MOST),  # upper confidence limit of the mean over all such spans of the text
+    "kl_bound": (0, MOST),  # upper confidence limit of the mean over all such spans and questions
     "confidence": (0, 1),  # of that limit
     "agreement": (0, 1),  # share of the tokens where the likeliest next token stays the same
     "repeated_full": (0, 1),  # share of the tokens where the full cache's likeliest is the text's own

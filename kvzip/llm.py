@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import store
 from kvzip.backends import get_backend
-from kvzip.chunks import RepeatPrompts
+from kvzip.chunks import Asking, RepeatPrompts
 from kvzip.compress import Engine, FullContext
 from kvzip.compressed import CompressedContext
 from kvzip.context import RaggedContext, SavedTail
@@ -41,6 +41,7 @@ from kvzip.surrogates import load_surrogate
 # The wording of the paper's repository; its table 2 shows that the wording hardly matters.
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with"
+ASK_WHAT_FOLLOWS = 'What does the text say right after "', '"?'  # around words of it, to measure the loss
 
 
 class LLM:
@@ -233,4 +234,6 @@ class LLM:
             torch.tensor(self.prompts.template_ids(text), dtype=torch.int64)
             for text in (REPEAT_FIRST, REPEAT_LATER, self.template.after)
         )
-        return Engine(self.model, geometry or self.geometry, self.backend, RepeatPrompts(first, later, after))
+        asking = Asking(*(torch.tensor(ids, dtype=torch.int64) for ids in self.prompts.quoting_ids(*ASK_WHAT_FOLLOWS)))
+        prompts = RepeatPrompts(first, later, after)
+        return Engine(self.model, geometry or self.geometry, self.backend, prompts, asking)

@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MENDED = "reconstruction-plus:power=0.5+floored+refit"  # the base of all of them
-PURSUED = f"{MENDED}:keys=pursued+int4:group_size=128,value_axis=channel"  # in four bits, half the scales of `int4`
+MIXED = "group_size=256,channels=mixed,values=rotated,prefix_value_bits=6"  # how codes are made in all of them
+
+
+def coded(key_bits: int, value_bits: int) -> str:
+    """The composition with that many bits a number; pairs that few bits leave are pursued."""
+    keys = ":keys=pursued" if value_bits < 5 else ""
+    return f"{MENDED}{keys}+quantize:key_bits={key_bits},value_bits={value_bits},{MIXED}"
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,9 @@ class Recipe:
 
 
 RECIPES = {
-    "kvzip:safe": Recipe(f"{MENDED}+k8v4", 0.56, "four times smaller than 16-bit numbers"),
-    "kvzip:small": Recipe(PURSUED, 0.4, "eight times smaller"),
-    "kvzip:tiny": Recipe(PURSUED, 0.27, "twelve times smaller, with a loss that is felt"),
+    "kvzip:safe": Recipe(coded(5, 5), 0.68, "four times smaller than 16-bit numbers"),
+    "kvzip:small": Recipe(coded(4, 3), 0.42, "eight times smaller"),
+    "kvzip:tiny": Recipe(coded(3, 3), 0.31, "twelve times smaller, with a loss that is felt"),
 }
 
 
@@ -41,8 +47,9 @@ class Candidate:
 FRONTIER = (
     Candidate("kvzip", 1.0),
     Candidate("kvzip+k8v4", 1.0),
-    *(Candidate(f"{MENDED}+k8v4", ratio) for ratio in (0.8, 0.56)),
-    *(Candidate(PURSUED, ratio) for ratio in (0.65, 0.5, 0.4, 0.32, 0.27, 0.2, 0.15, 0.1)),
+    *(Candidate(coded(5, 5), ratio) for ratio in (0.85, 0.68)),
+    *(Candidate(coded(4, 3), ratio) for ratio in (0.65, 0.52, 0.42)),
+    *(Candidate(coded(3, 3), ratio) for ratio in (0.38, 0.31, 0.24, 0.17, 0.1)),
 )
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 

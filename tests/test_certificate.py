@@ -18,16 +18,21 @@ import kvzip
 from kvzip import certificate
 from kvzip.backends import get_backend
 from kvzip.certificate import (
+    ANSWER_LEN,
     EFFICIENCY,
+    MAX_QUESTIONS,
     MAX_SPANS,
+    MIN_QUESTIONS,
+    MIN_SPANS,
     OPENING_LEN,
+    QUOTE_LEN,
     SPAN_LEN,
     Certifier,
     make_probe,
-    num_spans_within,
+    probe_size,
     upper_bound,
 )
-from kvzip.chunks import MIN_REPLAY_LEN
+from kvzip.chunks import MIN_REPLAY_LEN, Asking
 from kvzip.compress import Engine, FullContext
 from kvzip.context import LOSS_RANGES, RaggedContext
 from kvzip.errors import InputError
@@ -135,24 +140,54 @@ def test_a_probe_is_made_of_the_text_alone_and_is_the_same_each_time() -> None:
     strata = sorted(place * 6 // (900 - SPAN_LEN + 1) for place in places)
     assert strata == list(range(6)), "one from each sixth of the text"
     assert torch.equal(found.ids[found.asked + 1], found.expected)
-    assert len(found.expected) == 6 * (SPAN_LEN - OPENING_LEN) and found.span_of.bincount().unique().numel() == 1
+    assert len(found.expected) == 6 * (SPAN_LEN - OPENING_LEN) and found.item_of.bincount().unique().numel() == 1
     other = make_probe(before, ids.flip(0), 6)
     assert not torch.equal(other.ids, found.ids)
 
 
+def test_questions_quote_the_text_and_expect_what_follows() -> None:
+    ids, before = torch.arange(10, 910), torch.arange(5)
+    asking = Asking(torch.tensor([1001, 1002]), torch.tensor([1003]))
+    found, plain = make_probe(before, ids, 6, asking, 3), make_probe(before, ids, 6)
+    own = slice(len(plain.ids), None)
+    assert torch.equal(found.ids[: own.start], plain.ids) and found.num_questions == 3 and plain.num_questions == 0
+    turns = found.ids[own].split(2 + QUOTE_LEN + 1 + ANSWER_LEN)
+    strata = []
+    for turn, expected in zip(turns, found.expected[len(plain.expected) :].split(ANSWER_LEN), strict=True):
+        quote, answer = turn[2 : 2 + QUOTE_LEN], turn[-ANSWER_LEN:]
+        assert turn[:2].tolist() == [1001, 1002] and int(turn[-ANSWER_LEN - 1]) == 1003
+        assert torch.equal(torch.cat([quote, answer]), torch.arange(int(quote[0]), int(answer[-1]) + 1)), "in one run"
+        assert torch.equal(answer, expected)
+        strata.append((int(quote[0]) - 10) * 3 // (900 - QUOTE_LEN - ANSWER_LEN + 1))
+    assert sorted(strata) == [0, 1, 2], "one from each third of the text"
+    assert torch.equal(found.ids[found.asked + 1], found.expected)
+    assert found.item_of[len(plain.expected) :].tolist() == [6] * ANSWER_LEN + [7] * ANSWER_LEN + [8] * ANSWER_LEN
+
+
 def test_its_length_is_held_to_a_share_of_the_prefill() -> None:
-    model = llama()
+    model, endless = llama(), float("inf")
     vocab, body = 300 * (64 + SOFTMAX_COST), sum(p.numel() for p in model.model.parameters()) - 300 * 64
     assert head_cost(model) == pytest.approx(vocab / body)
+    most = 0
     for head in (0.1, 0.4, 2.5):
         for length in (300, 700, 2000, 9000):
-            count = num_spans_within(length, 14, float("inf"), head)
-            spent = (14 + count * SPAN_LEN) / EFFICIENCY + count * head * (SPAN_LEN - OPENING_LEN)
-            assert 0 <= count <= MAX_SPANS and (not count or 2 * spent <= 0.25 * length)
-    assert num_spans_within(10**6, 14, float("inf"), 0.4) == MAX_SPANS
-    assert num_spans_within(10**6, 14, 14 + 3 * SPAN_LEN, 0.4) == 3, "the model's positions"
-    assert num_spans_within(10**6, 14, 10, 0.4) == num_spans_within(50, 14, float("inf"), 0.4) == 0
-    assert num_spans_within(10**6, 14, float("inf"), float("inf")) == 0, "a head that can't be counted"
+            for asking_len in (None, 18):
+                spans, questions = probe_size(length, 14, endless, head, asking_len)
+                tokens = 14 + spans * SPAN_LEN + questions * ((asking_len or 0) + QUOTE_LEN + ANSWER_LEN)
+                compared = spans * (SPAN_LEN - OPENING_LEN) + questions * ANSWER_LEN
+                spent = tokens / EFFICIENCY + compared * head
+                assert 0 <= spans <= MAX_SPANS and (not spans or 2 * spent <= 0.25 * length)
+                assert questions == 0 or (
+                    asking_len and MIN_QUESTIONS <= questions <= MAX_QUESTIONS and spans >= MIN_SPANS
+                )
+                most = max(most, questions)
+                assert probe_size(length, 14, 14 + 100, head, asking_len)[0] * SPAN_LEN <= 100
+    assert most == MAX_QUESTIONS
+    assert probe_size(10**6, 14, endless, 0.4) == (MAX_SPANS, 0)
+    assert probe_size(10**6, 14, endless, 0.4, 18) == (MAX_SPANS, MAX_QUESTIONS)
+    assert probe_size(10**6, 14, 14 + 3 * SPAN_LEN, 0.4, 18) == (3, 0), "the model's positions"
+    assert probe_size(10**6, 14, 10, 0.4)[0] == probe_size(50, 14, endless, 0.4, 18)[0] == 0
+    assert probe_size(10**6, 14, endless, endless)[0] == 0, "a head that can't be counted"
 
 
 def test_the_bound_is_students() -> None:
@@ -161,7 +196,7 @@ def test_the_bound_is_students() -> None:
     rng = random.Random(0)
     covered = [upper_bound([rng.gauss(0, 1) for _ in range(5)]) >= 0 for _ in range(4000)]
     assert statistics.mean(map(float, covered)) == pytest.approx(0.95, abs=0.015)
-    assert len(certificate.T_QUANTILES) == MAX_SPANS - 1
+    assert len(certificate.T_QUANTILES) == MAX_SPANS + MAX_QUESTIONS - 1
 
 
 @pytest.fixture
@@ -173,11 +208,36 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kvzip.LLM:
 def test_every_context_has_one_and_its_file_too(tiny: kvzip.LLM, tmp_path: Path) -> None:
     context = tiny.compress(TEXT, 0.3)
     loss = context.stats["loss"]
-    assert loss.keys() == LOSS_RANGES.keys() and all(low <= loss[k] <= high for k, (low, high) in LOSS_RANGES.items())
+    assert loss.keys() == LOSS_RANGES.keys() - {"kl_questions"} and loss["questions"] == 0
+    assert all(LOSS_RANGES[k][0] <= value <= LOSS_RANGES[k][1] for k, value in loss.items())
     assert loss["tokens"] == loss["spans"] * (SPAN_LEN - OPENING_LEN) and 0 < loss["kl"] <= loss["kl_bound"]
     assert context.data.info.total_s > loss["seconds"] > 0
     context.save(tmp_path / "a.kvz")
     assert tiny.open(tmp_path / "a.kvz").stats["loss"] == loss
+
+
+def test_a_long_text_is_asked_about_too(tmp_path: Path) -> None:
+    config = LlamaConfig(**SMALL | {"max_position_embeddings": 1 << 15})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tiny = kvzip.wrap(model, tiny_tokenizer())
+    context = tiny.compress(" ".join([TEXT] * 6), 0.3)
+    loss = context.stats["loss"]
+    assert loss["questions"] >= MIN_QUESTIONS and loss["spans"] > loss["questions"]
+    assert loss["tokens"] == 7 * (loss["spans"] + loss["questions"]) and loss["kl_questions"] > 0
+    spans = (loss["kl"] * loss["tokens"] - loss["kl_questions"] * 7 * loss["questions"]) / (7 * loss["spans"])
+    assert spans > 0 and loss["kl"] < loss["kl_bound"]
+    context.save(tmp_path / "a.kvz")
+    assert tiny.open(tmp_path / "a.kvz").stats["loss"] == loss
+    exact = tiny.compress(" ".join([TEXT] * 6), 1.0).stats["loss"]
+    assert exact["agreement"] == 1 and exact["kl_questions"] < 1e-4
+
+
+def test_what_a_question_is_made_of_is_a_further_turn() -> None:
+    llm = kvzip.wrap(llama(), tiny_tokenizer())
+    asking = llm.engine().asking
+    whole = llm.question_ids('What does the text say right after "the brown fox"?', first=False)
+    shown = [*asking.before.tolist(), *llm.tokenize("the brown fox"), *asking.after.tolist()]
+    assert llm.tokenizer.decode(shown) == llm.tokenizer.decode(whole)
 
 
 def test_it_changes_nothing_else(tiny: kvzip.LLM) -> None:

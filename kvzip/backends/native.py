@@ -60,7 +60,7 @@ class Store(ctypes.Structure):
             bits=layout.bits,
             group_size=layout.group_size,
             per_channel=layout.axis == "channel",
-            rotated=layout.rotated,
+            rotated=pairs.shape[1] & -pairs.shape[1] if layout.rotated else 0,
         )
 
 

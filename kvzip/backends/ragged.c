@@ -49,7 +49,7 @@ static inline ALWAYS void add_values(float *out, const float *weights, int strid
 
 // Keys or values: float32 (bits = 32), or codes with float16 scales and zeros. kvzip/ops/quantize.py is the layout.
 // widths: bits of each channel [heads, dim] where a row is a string of bits, else null.  end: behind the last code.
-// rotated: vectors stand times a Hadamard matrix.
+// rotated: vectors stand times a Hadamard matrix, in parts of that size; 0 = as they are.
 typedef struct {
   const void *data;
   const uint16_t *scales, *zeros;
@@ -238,9 +238,9 @@ static inline ALWAYS void read_rows(const Store *s, int first, int count, Channe
   }
 }
 
-// A row times a Hadamard matrix of +-1.
-static void rotate(float *row, int dim) {
-  for (int half = 1; half < dim; half *= 2)
+// A row in parts of `size`, a power of 2, each times a Hadamard matrix of +-1.
+static void rotate(float *row, int size, int dim) {
+  for (int half = 1; half < size; half *= 2)
     for (int i = 0; i < dim; i += 2 * half)
       for (int j = i; j < i + half; j++) {
         float a = row[j], b = row[j + half];

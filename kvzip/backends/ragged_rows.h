@@ -102,7 +102,7 @@ static inline ALWAYS void NAME(attend)(const float *q, int num_rows, const Segme
     }
     for (int r = 0; r < rows; r++) {
       float share = 1 / state.sum[r];
-      if (pairs->v.rotated) rotate(to + r * dim, dim), share /= sqrtf(dim);
+      if (pairs->v.rotated) rotate(to + r * dim, pairs->v.rotated, dim), share /= sqrtf(pairs->v.rotated);
       for (int d = 0; d < dim; d++) to[r * dim + d] *= share;
       lse[done + r] = state.top[r] + logf(state.sum[r]);
     }

@@ -37,7 +37,14 @@ class Prompts:
 
     def question_ids(self, question: str, *, first: bool = True) -> list[int]:
         """Ids of a question with the template around it.  first: right after the context, not after an answer."""
+        return [*self._opening_ids(question.strip(), first), *self.template_ids(self.template.after)]
+
+    def quoting_ids(self, before: str, after: str) -> tuple[list[int], list[int]]:
+        """Ids of what stands before and behind the words that a further question quotes, with the template around."""
+        behind = [*self.text_ids(after), *self.template_ids(self.template.after)]
+        return self._opening_ids(before, first=False), behind
+
+    def _opening_ids(self, question: str, first: bool) -> list[int]:
         lead = self.template.question if first else self.template.between
         gap = lead[len(lead.rstrip(" ")) :]  # a space belongs to the word that follows
-        asked = self.text_ids(gap + question.strip())
-        return [*self.template_ids(lead.rstrip(" ")), *asked, *self.template_ids(self.template.after)]
+        return [*self.template_ids(lead.rstrip(" ")), *self.text_ids(gap + question)]

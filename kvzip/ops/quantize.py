@@ -35,7 +35,8 @@ class Layout:
     bits: 8, 6, 5, 4, 3 or 2 a number.  axis: "token" = `group_size` neighbouring channels of a pair share a scale,
     "channel" = one channel of `group_size` neighbouring pairs of a head does (the last group of a head may be smaller).
     mixed: `bits` is a mean, and each channel of a head has its own number of them; on the "channel" axis.
-    rotated: codes are of the vectors times `hadamard_matrix`; the head size is a power of 2.
+    rotated: codes are of the vectors times a Hadamard matrix, of the largest size of a power of 2 that divides the head
+    size; a longer vector is cut into parts of that size.
     """
 
     bits: int
@@ -57,8 +58,6 @@ class Layout:
             raise InputError(f"group_size {self.group_size} does not divide the head size {head_dim}: give a divisor")
         if self.mixed and self.axis == "token":
             raise InputError("channels can't have bits of their own where they share a scale: take the axis 'channel'")
-        if self.rotated and head_dim & (head_dim - 1):
-            raise InputError(f"vectors of {head_dim} numbers can't be rotated, only those of a power of 2")
         if self.is_stream and head_dim % STREAM_STEP:
             raise InputError(f"a head size of {head_dim} does not go with mixed codes or {self.bits} bits: take 8 bits")
         if self.is_stream and self.axis == "token" and self.group_size % STREAM_STEP:
@@ -201,8 +200,9 @@ def hadamard_matrix(size: int) -> Tensor:
 
 
 def _rotated(numbers: Tensor) -> Tensor:
-    """Vectors [N, D] float32 times the matrix, and back."""
-    return numbers @ hadamard_matrix(numbers.shape[1]).to(numbers.device)
+    """Vectors [N, D] float32, or parts of them, times the matrix, and back."""
+    size = numbers.shape[1] & -numbers.shape[1]
+    return (numbers.reshape(-1, size) @ hadamard_matrix(size).to(numbers.device)).view(numbers.shape)
 
 
 def allot(importance: Tensor, bits: int) -> Tensor:

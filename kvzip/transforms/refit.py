@@ -140,8 +140,8 @@ class Whole:
     """The pairs of one block of one head among which the pursuit chooses.
 
     places: [m] int64, where they stand in prefix and context.  kept: [m] bool, the pairs that the method keeps, all of
-    which are here.  values: [m, D].  moments: of all of them.  targets: [m, r], of them with the principal directions of
-    outputs and mass.  judge: the block as the held-out queries see it, with all these columns.
+    which are here.  values: [m, D].  moments: of all of them.  targets: [m, r], of them with the principal directions
+    of outputs and mass.  judge: the block as the held-out queries see it, with all these columns.
     """
 
     head: int
