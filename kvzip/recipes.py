@@ -28,7 +28,7 @@ class Recipe:
 
 RECIPES = {
     "kvzip:safe": Recipe(coded(5, 5), 0.68, "four times smaller than 16-bit numbers"),
-    "kvzip:small": Recipe(coded(4, 3), 0.42, "eight times smaller"),
+    "kvzip:small": Recipe(coded(4, 4), 0.38, "eight times smaller"),
     "kvzip:tiny": Recipe(coded(3, 3), 0.31, "twelve times smaller, with a loss that is felt"),
 }
 
@@ -48,7 +48,7 @@ FRONTIER = (
     Candidate("kvzip", 1.0),
     Candidate("kvzip+k8v4", 1.0),
     *(Candidate(coded(5, 5), ratio) for ratio in (0.85, 0.68)),
-    *(Candidate(coded(4, 3), ratio) for ratio in (0.65, 0.52, 0.42)),
+    *(Candidate(coded(4, 4), ratio) for ratio in (0.65, 0.5, 0.38)),
     *(Candidate(coded(3, 3), ratio) for ratio in (0.38, 0.31, 0.24, 0.17, 0.1)),
 )
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)

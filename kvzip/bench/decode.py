@@ -19,8 +19,9 @@ from kvzip.compressed import CompressedContext
 from kvzip.context import RaggedContext, RaggedLayer
 from kvzip.hf.cache import SessionCache
 from kvzip.llm import LLM
+from kvzip.recipes import MIXED
 
-CODES = "int4"  # with biases, as the recipes store pairs
+CODES = f"quantize:key_bits=4,value_bits=4,{MIXED}"  # with biases, as `kvzip:small` stores pairs
 NUM_TOKENS = 8  # decoded at a time
 ANSWER_TOKENS = 32  # of each question
 QUESTIONS = ["What is this text about?", "Who is named first?", "Where does it end?", "Which year is it?"]

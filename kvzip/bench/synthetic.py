@@ -66,7 +66,7 @@ def in_codes(context: CompressedContext, name: str) -> CompressedContext:
     def coded(layer: RaggedLayer) -> RaggedLayer:
         if layer.window is not None:
             return layer
-        bias = torch.randn(layer.offsets[-1], generator=gen).to(layer.device)
+        bias = torch.randn(layer.offsets[-1], generator=gen).half().to(layer.device)
         keep_mask = torch.ones(1, 1, dtype=torch.bool)
         assert isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor)
         return transform.apply(replace(layer, bias=bias), Evicted(layer.keys, layer.values, keep_mask, 0))
