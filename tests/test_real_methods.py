@@ -107,7 +107,7 @@ def test_the_order_of_kept_pairs_does_not_matter(case: SimpleNamespace, method: 
     assert off.abs().max() < NOISE
 
 
-@pytest.mark.parametrize("method", ["int4", "k8v4", "kvzip+int4", "leankv"])
+@pytest.mark.parametrize("method", ["int4", "k8v4", "kvzip+int4", "leankv", "kvzip:tiny"])
 def test_codes_are_read_as_the_numbers_that_they_stand_for(case: SimpleNamespace, method: str) -> None:
     context = made(case, method, 0.4 if method.startswith("kvzip") else None)
     floats = with_layers(context, in_floats)
@@ -115,7 +115,7 @@ def test_codes_are_read_as_the_numbers_that_they_stand_for(case: SimpleNamespace
     assert context.data.kv_nbytes < 0.6 * floats.data.kv_nbytes or case.llm.name.startswith("gemma3")
 
 
-@pytest.mark.parametrize("method", ["kvzip+k8v4", "leankv", "clusterkv:budget=64", "kvsharer"])
+@pytest.mark.parametrize("method", ["kvzip+k8v4", "leankv", "kvzip:tiny", "clusterkv:budget=64", "kvsharer"])
 def test_saved_and_opened_it_answers_the_same(case: SimpleNamespace, method: str, tmp_path: Path) -> None:
     if method == "kvsharer":
         case.llm.calibrate("kvsharer", case.text, num_layers=2)
