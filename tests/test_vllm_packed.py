@@ -211,7 +211,9 @@ def test_a_handle_that_would_be_computed_ends_the_engine() -> None:
 
 
 @pytest.mark.parametrize("biased", [(), (0,), (0, 1)], ids=["no biases", "biases of one level", "biases"])
-@pytest.mark.parametrize("first", [Layout(8, "token", 4), None], ids=["codes", "numbers"])
+@pytest.mark.parametrize(
+    "first", [Layout(8, "token", 4), Layout(3, "channel", 4, mixed=True), None], ids=["codes", "mixed", "numbers"]
+)
 def test_levels_and_codes_become_one_segment_a_head(first: Layout | None, biased: tuple[int, ...]) -> None:
     levels = ((first, first), (Layout(4, "channel", 4), Layout(4, "token", 4)))
     upper = random_context(replace(FULL, windows=(None,), levels=levels), seed=3)[0].layers[0]

@@ -78,9 +78,9 @@ def compressed(case: Case, key: str, method: str) -> CompressedContext:
     return context
 
 
-@pytest.mark.parametrize("method", ["kvzip+refit", "kvzip+refit+int4", "kvzip+k8v4", "leankv"])
+@pytest.mark.parametrize("method", ["kvzip+refit", "kvzip+refit+int4", "kvzip+k8v4", "leankv", "kvzip:tiny"])
 def test_codes_biases_and_levels(method: str, eager: Any, small: Case) -> None:
-    name = method.replace("+", "-")
+    name = method.replace("+", "-").replace(":", "-")
     context = compressed(small, name, method)
     questions = [ask_reference(context, name, q.text) for q in small.questions["a"][:2]]
     check(ask(eager, [*questions, small.questions["b"][0]]), [*questions, small.questions["b"][0]])
