@@ -11,10 +11,10 @@ MENDED = "reconstruction-plus:power=0.5+floored+refit"  # the base of all of the
 MIXED = "group_size=256,channels=mixed,values=rotated,prefix_value_bits=6"  # how codes are made in all of them
 
 
-def coded(key_bits: int, value_bits: int) -> str:
-    """The composition with that many bits a number; pairs that few bits leave are pursued."""
-    keys = ":keys=pursued" if value_bits < 5 else ""
-    return f"{MENDED}{keys}+quantize:key_bits={key_bits},value_bits={value_bits},{MIXED}"
+def coded(bits: int) -> str:
+    """The composition with that many bits a number. Where most pairs go, those that stay are pursued."""
+    keys = ":keys=pursued" if bits < 5 else ""
+    return f"{MENDED}{keys}+quantize:key_bits={bits},value_bits={bits},{MIXED}"
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Recipe:
 
 
 RECIPES = {
-    "kvzip:safe": Recipe(coded(5, 5), 0.68, "four times smaller than 16-bit numbers"),
-    "kvzip:small": Recipe(coded(4, 4), 0.38, "eight times smaller"),
-    "kvzip:tiny": Recipe(coded(3, 3), 0.31, "twelve times smaller, with a loss that is felt"),
+    "kvzip:safe": Recipe(coded(5), 0.68, "four times smaller than 16-bit numbers"),
+    "kvzip:small": Recipe(coded(4), 0.38, "eight times smaller"),
+    "kvzip:tiny": Recipe(coded(3), 0.31, "twelve times smaller, with a loss that is felt"),
 }
 
 
@@ -47,9 +47,9 @@ class Candidate:
 FRONTIER = (
     Candidate("kvzip", 1.0),
     Candidate("kvzip+k8v4", 1.0),
-    *(Candidate(coded(5, 5), ratio) for ratio in (0.85, 0.68)),
-    *(Candidate(coded(4, 4), ratio) for ratio in (0.65, 0.5, 0.38)),
-    *(Candidate(coded(3, 3), ratio) for ratio in (0.38, 0.31, 0.24, 0.17, 0.1)),
+    *(Candidate(coded(5), ratio) for ratio in (0.85, 0.68)),
+    *(Candidate(coded(4), ratio) for ratio in (0.65, 0.5, 0.38)),
+    *(Candidate(coded(3), ratio) for ratio in (0.38, 0.31, 0.24, 0.17, 0.1)),
 )
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 

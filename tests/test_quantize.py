@@ -345,7 +345,7 @@ def test_saved_and_opened_it_goes_on_the_same(case: SimpleNamespace, tmp_path: P
 
 
 def test_a_budget_in_bytes_counts_scales(case: SimpleNamespace) -> None:
-    for method in ("kvzip+int4", "kvzip+int8:group_size=16", "kvzip"):
+    for method in ("kvzip+int4", "kvzip+int8:group_size=16", f"kvzip+{MIXED}", "kvzip"):
         least = made(case, method, 1e-9).data.kv_nbytes
         budget = least + 6000
         options = kvzip.CompressOptions(budget=f"{budget}B", method=method)

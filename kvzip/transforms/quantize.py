@@ -119,6 +119,8 @@ class Quantize(BaseTransform):
         return (self.prefix or self).pair_nbytes(head_dim, itemsize)
 
     def head_nbytes(self, head_dim: int) -> int:
-        """Scales and zeros of a last group that is not full, of keys and of values, and an offset of a second level."""
-        ends = sum(4 * head_dim for layout in self.layouts(head_dim) if layout is not None and layout.axis == "channel")
+        """Scales and zeros of a last group that is not full, and bits by channel, of keys and of values; an offset of a
+        second level."""
+        layouts = [layout for layout in self.layouts(head_dim) if layout is not None and layout.axis == "channel"]
+        ends = sum((4 + layout.mixed) * head_dim for layout in layouts)
         return ends + (8 if self.prefix is not None else 0)
