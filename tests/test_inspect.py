@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_context import Shape, random_context
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -21,6 +22,7 @@ from kvzip.context import ContextInfo, RaggedContext, RaggedLayer
 from kvzip.errors import FileError, InputError
 from kvzip.inspect import html, summary
 from kvzip.inspect.terminal import render
+from kvzip.ops.quantize import Layout
 from kvzip.ops.ragged import cu_seqlens_of, pack_bits
 
 HOSTILE = [
@@ -415,3 +417,10 @@ def test_write_html_names_a_missing_folder(tmp_path):
         html.write_html(ranked_context(), ["x"] * 40, tmp_path / "no" / "page.html")
     with pytest.raises(FileError, match="it is a folder"):
         html.write_html(ranked_context(), ["x"] * 40, tmp_path)
+
+
+def test_what_is_stored_in_codes_says_in_how_many_bits():
+    layouts = ((Layout(8, "token", 4), Layout(4, "token", 4)), (Layout(3, "channel", 8, mixed=True), None))
+    context, _ = random_context(Shape(head_dim=8, levels=layouts))
+    assert dict(summary.facts(context))["Stored as"] == "codes of 8 + 4, 3 + 32 bits, read as float32"
+    assert dict(summary.facts(random_context(Shape())[0]))["Stored as"] == "float32"

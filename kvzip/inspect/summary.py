@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kvzip.context import RaggedContext
+from kvzip.context import Pairs, RaggedContext
 from kvzip.errors import InputError
 
 VISIBLE_FORMATS = "\u200c\u200d"  # the joiners: Persian and emoji need them, and they reorder nothing
@@ -151,7 +151,7 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
         ("Memory", f"{after} instead of {before}, factor {factor(context)}"),
         ("Resident", context.is_fetched and _resident(context)),
         ("Loss", info.loss and loss_line(info.loss)),
-        ("Stored as", info.dtype),
+        ("Stored as", _stored_as(context)),
         ("Time", f"{info.total_s:.1f} s: prefill {info.prefill_s:.1f} s, scoring {info.score_s:.1f} s"),
         ("System prompt", info.system),
         ("Instruction", info.instruction),
@@ -159,6 +159,17 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
         ("Version", info.kvzip_version and f"kvzip {info.kvzip_version}"),
     ]
     return [(name, one_line(value)) for name, value in lines if value]
+
+
+def _stored_as(context: RaggedContext) -> str:
+    """The dtype, and the bits of keys and values where these are codes, as "codes of 8 + 6, 3 + 3 bits", by level."""
+    levels = (level for layer in context.stored_layers.values() for level in layer.levels if level.is_quantized)
+    found = {f"{_bits(level.keys)} + {_bits(level.values)}": None for level in levels}
+    return f"codes of {', '.join(found)} bits, read as {context.info.dtype}" if found else context.info.dtype
+
+
+def _bits(pairs: Pairs) -> int:
+    return 8 * pairs.dtype.itemsize if isinstance(pairs, Tensor) else pairs.layout.bits
 
 
 def _resident(context: RaggedContext) -> str:
