@@ -33,7 +33,7 @@ from kvzip.progress import Progress, silent
 
 MAX_COST = 0.25  # of the prefill, for both caches
 BOTH_LEN = 4096  # tokens of prefix and context up to which both caches may be held at a time
-EFFICIENCY = 0.7  # of a pass over few tokens, against one over a block of the prefill: measured, docs/log.md
+EFFICIENCY = 0.6  # of a pass over few tokens, against one over a block of the prefill: measured, docs/log.md
 SPAN_LEN, OPENING_LEN = 8, 2  # tokens of a span, and how many of them open it
 QUOTE_LEN, ANSWER_LEN = 6, 6  # tokens of the text that a made question quotes, and that follow them
 MIN_SPANS, MAX_SPANS = 2, 24
