@@ -24,7 +24,7 @@ def test_compress_prints_a_summary(tiny, monkeypatch, capsys, tmp_path):
     code, out, err = call(monkeypatch, capsys, tmp_path, "compress", "my text.txt", "-m", tiny, "--budget", "900")
     assert (code, err) == (0, "")
     assert re.search(r"^Context +544 tokens", out, re.MULTILINE)
-    assert re.search(r"^Loss +\S+ nats a token \(95 %: below \S+\), \d+ % of 14 tokens agree$", out, re.MULTILINE)
+    assert re.search(r"^Loss +\S+ nats a token \(95 %: below \S+\), \d+ % of 12 tokens agree$", out, re.MULTILINE)
     assert "kvzip ask 'my text.kvz'" in out
     assert not any(line != line.rstrip() for line in out.splitlines())
     assert (tmp_path / "my text.kvz").exists()
