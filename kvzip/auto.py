@@ -1,7 +1,6 @@
 """`keep_ratio="auto"`: the smallest cache whose measured loss stays within a limit, or the best one within some bytes.
 
-One prefill and one replay serve all candidates, and the full cache is asked once for the certificate: a candidate costs
-its packing and one pass over the probe.
+One prefill and one replay serve all candidates: each costs its packing, and one pass of both caches over the probe.
 """
 
 from __future__ import annotations
