@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvzip.errors import ModelError
-from kvzip.hf.seam import ATTENTION_NAME, Call, View, register
+from kvzip.hf.seam import ATTENTION_NAME, BlankLayer, Call, View, register
 from kvzip.ops.attention import attend
 from kvzip.ops.rope import shift_keys
 
@@ -109,29 +109,16 @@ class _ProbeView(View):
         return out
 
 
-class _ProbeLayer(CacheLayerMixin):
-    is_sliding = False
-
+class _ProbeLayer(BlankLayer):
     def __init__(self) -> None:
         super().__init__()
         self.record: dict[str, Any] = {}
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if key_states.shape != value_states.shape:
             raise ModelError(f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} differ in shape")
         view = _ProbeView(key_states, value_states, self.record)
         return view, view
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def probe(model: PreTrainedModel) -> Geometry:

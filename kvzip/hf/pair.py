@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvzip.hf.cache import SessionCache
 from kvzip.hf.prefill import PrefillCache, behind_all, forward_rows
-from kvzip.hf.seam import Call, View
+from kvzip.hf.seam import BlankLayer, Call, View
 
 
 class PairView(View):
@@ -36,30 +36,17 @@ def _of_row(call: Call, row: int) -> Call:
     return replace(call, mask=mask, position_ids=position_ids)
 
 
-class PairLayer(CacheLayerMixin):
-    """One layer of each cache.  Neither has a tail, or keeps one, so that masks cover the new tokens alone."""
-
-    is_compileable = False
+class PairLayer(BlankLayer):
+    """One layer of each cache, neither of which has a tail yet."""
 
     def __init__(self, layers: Sequence[CacheLayerMixin]) -> None:
         super().__init__()
         self.layers, self.is_sliding = layers, layers[0].is_sliding
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[View, View]:  # type: ignore[override]
         rows = zip(self.layers, key_states.chunk(2), value_states.chunk(2), strict=True)
         view = PairView([layer.update(keys, values, *args, **kwargs)[0] for layer, keys, values in rows])
         return view, view
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def hidden_behind_both(

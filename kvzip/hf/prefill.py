@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvzip.backends import Backend
 from kvzip.hf.geometry import Geometry, LayerGeometry
-from kvzip.hf.seam import Call, DenseView, SlidingView, View
+from kvzip.hf.seam import BlankLayer, Call, DenseView, SlidingView, View
 from kvzip.ops.attention import merge
 from kvzip.scorers.base import Observation, Reading
 
@@ -151,11 +151,8 @@ class ObservedReplayView(ReplayView):
         rp.observe(self.layer.index, observation)
 
 
-class PrefillLayer(CacheLayerMixin):
+class PrefillLayer(BlankLayer):
     """All keys and values of one full-attention layer, in buffers [1, Hkv, capacity, D] made at the first block."""
-
-    is_compileable = False
-    is_sliding = False
 
     def __init__(self, index: int, geometry: LayerGeometry, capacity: int, backend: Backend) -> None:
         super().__init__()
@@ -218,15 +215,6 @@ class PrefillLayer(CacheLayerMixin):
         """Give the memory back."""
         self.keys = self.values = torch.empty(0)
         self.is_initialized, self.length = False, 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class SlidingPrefillLayer(PrefillLayer):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -180,6 +181,24 @@ class FetchView(View):
             torch.cat(found).reshape(batch, q_len, num_heads, -1).transpose(1, 2) for found in zip(*parts, strict=True)
         )
         return merge(out, lse, outs, lses.squeeze(-1))[0]
+
+
+class BlankLayer(CacheLayerMixin):
+    """A layer that looks empty to transformers, so that masks cover the new tokens alone."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
 
 
 def kvzip_attention(
