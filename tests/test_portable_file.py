@@ -240,6 +240,21 @@ def test_the_command_writes_and_says_what_it_cost(tiny_kvz: Path, monkeypatch, c
     assert (info.num_pairs, info.sha256) == (found["num_pairs"], found["sha256"])
 
 
+def test_inspect_prints_what_export_did(tiny_kvz: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    name = "text.kvp.safetensors"
+    for more in ((), ("--json",)):
+        exported = call(
+            monkeypatch, capsys, tmp_path, "export", tiny_kvz, "--portable", "--no-certificate", "--force", *more
+        )
+        assert call(monkeypatch, capsys, tmp_path, "inspect", name, *more) == exported and exported[0] == 0
+    code, out, err = call(monkeypatch, capsys, tmp_path, "inspect", name, "--html", "page.html")
+    assert (code, out) == (1, "") and "inspect the .kvz" in err and len(err.splitlines()) == 1
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, out, err = call(monkeypatch, capsys, tmp_path, "inspect", name)
+    assert (code, out) == (1, "") and "sha256" in err and len(err.splitlines()) == 1
+
+
 def test_the_command_refuses_in_one_line(tiny_kvz: Path, monkeypatch, capsys, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     for words, *args in (

@@ -65,12 +65,16 @@ def kvpress(results: list[Result]) -> str:
 
 def decode(results: list[Result]) -> str:
     """Attention alone, whole tokens, four questions at once."""
-    attention = section(
+    return f"{_attention(results)}\n{_tokens(results)}"
+
+
+def _attention(results: list[Result]) -> str:
+    return section(
         "Attention while decoding",
         "One token's attention over all full-attention layers, caches of random numbers, heads as unequal as KVzip "
         "leaves them; `sdpa` as transformers calls it, over the full cache. The bytes read are set against the "
-        "measured read bandwidth of the machine. `codes` are the same pairs in four bits with biases, as the recipes "
-        "store them.",
+        "measured read bandwidth of the machine. `codes` are the same pairs with biases in the four-bit codes of "
+        "`kvzip:small`.",
         [
             "model",
             "tokens",
@@ -98,7 +102,10 @@ def decode(results: list[Result]) -> str:
             for r in results
         ],
     )
-    tokens = section(
+
+
+def _tokens(results: list[Result]) -> str:
+    return section(
         "Whole tokens",
         "Milliseconds a token of the whole model, batch 1: transformers with its full cache, with a compressed "
         "context, and transformers with an empty cache, which is the floor. The last column compares four questions "
@@ -130,7 +137,6 @@ def decode(results: list[Result]) -> str:
             for r in results
         ],
     )
-    return f"{attention}\n{tokens}"
 
 
 def open_(results: list[Result]) -> str:

@@ -73,10 +73,15 @@ def export(
         check_choice(file, keep_ratio)
         context = load_llm(model_of(file, model), bars, dtype=dtype, device=device).open(file)
         found = context.export(target, keep_ratio, certify=not no_certificate, progress=bars)
+    show(found, target, as_json=as_json)
+
+
+def show(found: PortableInfo, path: Path, *, as_json: bool) -> None:
+    """What is known of a portable file, as `export` and `inspect` print it."""
     if as_json:
-        print_json(report(found, target))
+        print_json(report(found, path))
     else:
-        print_summary(found, target)
+        print_summary(found, path)
 
 
 def output_path(file: str, output: str | None, *, force: bool = False) -> Path:

@@ -1,8 +1,9 @@
-"""`kvzip inspect`: what a .kvz file kept."""
+"""`kvzip inspect`: what a file of kvzip kept."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,8 +11,10 @@ import typer
 from kvzip.cli import ending_at_once
 from kvzip.cli.border import say
 from kvzip.cli.compress import check_writable
+from kvzip.cli.export import show
 from kvzip.cli.options import File, Json, ModelOrNone, Quiet, examples
 from kvzip.cli.screen import Bars, out, print_json
+from kvzip.errors import InputError
 
 if TYPE_CHECKING:
     from kvzip.context import RaggedContext
@@ -37,13 +40,15 @@ def inspect(
     Facts, a heat map of layers and heads, a histogram, and the text shaded by importance.
 
     The text needs the tokenizer of the model on this machine; the rest needs no model at all.
-    """
-    from pathlib import Path
 
+    Of a portable file, the facts that `kvzip export` prints.
+    """
     if html is not None and as_json:
         raise typer.BadParameter("give either --html or --json, not both")
     if html is not None:
         check_writable(Path(html))
+    if inspect_portable(file, html, as_json=as_json, quiet=quiet):
+        return
     with Bars(quiet) as bars, bars.step(f"Opening {file}"):
         context, facts = open_file(file)
         texts = None if no_text or as_json else texts_of(context, model, quiet=quiet)
@@ -55,6 +60,21 @@ def inspect(
         write_page(context, texts, html)
     else:
         draw(context, texts, max_tokens)
+
+
+def inspect_portable(file: str, html: str | None, *, as_json: bool, quiet: bool) -> bool:
+    """Print what a portable file is, all of it verified; False for a .kvz, of which nothing is printed."""
+    with ending_at_once():
+        from kvzip.store import portable
+
+    if not portable.is_portable(file):
+        return False
+    if html is not None:
+        raise InputError(f"{file!r} is portable and has no ranks to draw: inspect the .kvz that it was made of")
+    with Bars(quiet) as bars, bars.step(f"Opening {file}"):
+        portable.read(file)
+    show(portable.read_info(file), Path(file), as_json=as_json)
+    return True
 
 
 def open_file(file: str) -> tuple[RaggedContext, dict[str, Any]]:

@@ -90,6 +90,12 @@ def read_info(path: StrPath) -> PortableInfo:
         return _check_header(mapped.metadata() or {}, specs_in(mapped))
 
 
+def is_portable(path: StrPath) -> bool:
+    """Whether a file says that it is a portable one. Raises FileError, or FormatError for no safetensors file."""
+    with opened(path) as mapped:
+        return bool((mapped.metadata() or {}).get("format") == FORMAT)
+
+
 def _tensors_of(context: PortableContext) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(context.layers):
