@@ -35,6 +35,7 @@ from kvzip.ops.quantize import (
 )
 from kvzip.progress import silent
 from kvzip.transforms import get_transform
+from kvzip.transforms.base import Rows
 from kvzip.transforms.quantize import Quantize
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 6
@@ -430,7 +431,7 @@ def test_read_back_is_what_will_be_read(case: SimpleNamespace, method: str) -> N
             own = torch.cat([torch.full((prefix_len,), torch.inf), scores[number, head]])
             for which, pairs in (("keys", before.keys), ("values", before.values)):
                 own_importance = None if importance is None or which == "values" else importance[head]
-                found = transform.read_back(which, pairs[start:end], own, prefix_len, own_importance)
+                found = transform.read_back(Rows(which, pairs[start:end], own, prefix_len, own_importance))
                 rows = [
                     read[which == "values"][level.offsets[head] : level.offsets[head + 1]]
                     for level, read in zip(layer.levels, levels, strict=True)

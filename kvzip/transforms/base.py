@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
@@ -14,6 +14,21 @@ from kvzip.ops.rope import shift_keys, turn_back
 from kvzip.replayed import LayerQueries
 
 Which: TypeAlias = Literal["keys", "values"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys, or values, of one head, and what their codes go by.
+
+    numbers: [n, D].  scores: [n] as of `Evicted`, or None.  prefix_len: how many of the pairs, the first ones, are of
+    the prefix.  importance: of an error in each channel [D], or None = the same for all.
+    """
+
+    which: Which
+    numbers: Tensor
+    scores: Tensor | None = None
+    prefix_len: int = 0
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,20 +59,21 @@ class Evicted:
         assert isinstance(layer.keys, Tensor)
         rows = slice(layer.offsets[head], layer.offsets[head + 1])
         importance = None if self.queries is None else self.key_importance[head]
-        found = self.read_back("keys", layer.keys[rows], rows, self.prefix_len, importance)
+        found = self._read_back(Rows("keys", layer.keys[rows], self._scores(rows), self.prefix_len, importance))
         return shift_keys(found.float(), self.inv_freq, self.keys.shape[1])
 
-    def read_back(
-        self, which: Which, pairs: Tensor, rows: slice, prefix_len: int = 0, importance: Tensor | None = None
-    ) -> Tensor:
-        """Keys or values [n, D] of one head, at these rows of the layer, as they are read once all is applied.
+    def read_values(self, values: Tensor, rows: slice) -> Tensor:
+        """Values [n, D] of one head, at these rows of the layer, as they will be read; of none of the prefix."""
+        return self._read_back(Rows("values", values, self._scores(rows)))
 
-        prefix_len: how many of them, the first ones, are of the prefix.  importance: of the head's channels [D].
-        """
-        scores = None if self.scores is None else self.scores[rows]
+    def _scores(self, rows: slice) -> Tensor | None:
+        return None if self.scores is None else self.scores[rows]
+
+    def _read_back(self, rows: Rows) -> Tensor:
+        """The numbers [n, D] as they are read once all is applied."""
         for transform in self.later:
-            pairs = transform.read_back(which, pairs, scores, prefix_len, importance)
-        return pairs
+            rows = replace(rows, numbers=transform.read_back(rows))
+        return rows.numbers
 
     @cached_property
     def key_importance(self) -> Tensor:
@@ -103,20 +119,9 @@ class BaseTransform:
         reasons for another one."""
         return evicted.keep_mask
 
-    def read_back(
-        self,
-        which: Which,
-        pairs: Tensor,
-        scores: Tensor | None,
-        prefix_len: int,
-        importance: Tensor | None = None,
-    ) -> Tensor:
-        """Keys or values [n, D] of one head as they are read once this is applied.
-
-        scores: [n], as of `Evicted`.  prefix_len: how many of the pairs, the first ones, are of the prefix.
-        importance: [D] of an error in each channel, or None = the same for all.
-        """
-        return pairs
+    def read_back(self, rows: Rows) -> Tensor:
+        """The numbers [n, D] as they are read once this is applied."""
+        return rows.numbers
 
     def pair_nbytes(self, head_dim: int, itemsize: int) -> float:
         """Bytes of the key and the value of one pair, on average.  itemsize: bytes of a number before."""

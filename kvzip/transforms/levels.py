@@ -11,7 +11,7 @@ from kvzip.context import RaggedLayer
 from kvzip.ops.quantize import Axis
 from kvzip.ops.selection import PINNED
 from kvzip.parts import Range
-from kvzip.transforms.base import BaseTransform, Evicted, Which
+from kvzip.transforms.base import BaseTransform, Evicted, Rows
 from kvzip.transforms.quantize import Bits, Quantize
 
 
@@ -56,18 +56,11 @@ class Levels(BaseTransform):
             return self.low.apply(low)
         return replace(self.high.apply(high), lower=self.low.apply(low))
 
-    def read_back(
-        self,
-        which: Which,
-        pairs: Tensor,
-        scores: Tensor | None,
-        prefix_len: int,
-        importance: Tensor | None = None,
-    ) -> Tensor:
-        assert scores is not None
-        found, is_high = pairs.clone(), self._is_high(scores).to(pairs.device)
+    def read_back(self, rows: Rows) -> Tensor:
+        assert rows.scores is not None
+        found, is_high = rows.numbers.clone(), self._is_high(rows.scores).to(rows.numbers.device)
         for level, chosen in ((self.high, is_high), (self.low, ~is_high)):
-            found[chosen] = level.read_back(which, pairs[chosen])
+            found[chosen] = level.read_back(Rows(rows.which, rows.numbers[chosen]))
         return found
 
     def _is_high(self, scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvzip.context import RaggedLayer
 from kvzip.ops.quantize import Axis, Layout, quantize
 from kvzip.parts import Range
-from kvzip.transforms.base import BaseTransform, Evicted, Which
+from kvzip.transforms.base import BaseTransform, Evicted, Rows
 
 Bits = Literal[16, 8, 6, 5, 4, 3, 2]
 Channels = Literal["equal", "mixed"]
@@ -84,23 +84,17 @@ class Quantize(BaseTransform):
         )
         return replace(layer, keys=keys, values=values)
 
-    def read_back(
-        self,
-        which: Which,
-        pairs: Tensor,
-        scores: Tensor | None = None,
-        prefix_len: int = 0,
-        importance: Tensor | None = None,
-    ) -> Tensor:
-        if prefix_len and self.prefix is not None:
-            rest = self.read_back(which, pairs[prefix_len:], importance=importance)
-            return torch.cat([self.prefix.read_back(which, pairs[:prefix_len]), rest])
-        key_layout, value_layout = self.layouts(pairs.shape[1])
-        layout = key_layout if which == "keys" else value_layout
-        if layout is None or not len(pairs):
-            return pairs
-        own = None if importance is None else importance.unsqueeze(0)
-        return quantize(pairs, (0, len(pairs)), layout, own).read((0, len(pairs)), 0, 0, len(pairs))
+    def read_back(self, rows: Rows) -> Tensor:
+        numbers, count = rows.numbers, rows.prefix_len
+        if count and self.prefix is not None:
+            rest = self.read_back(replace(rows, numbers=numbers[count:], prefix_len=0))
+            return torch.cat([self.prefix.read_back(Rows(rows.which, numbers[:count])), rest])
+        key_layout, value_layout = self.layouts(numbers.shape[1])
+        layout = key_layout if rows.which == "keys" else value_layout
+        if layout is None or not len(numbers):
+            return numbers
+        own = None if rows.importance is None else rows.importance.unsqueeze(0)
+        return quantize(numbers, (0, len(numbers)), layout, own).read((0, len(numbers)), 0, 0, len(numbers))
 
     def layouts(self, head_dim: int) -> Iterator[Layout | None]:
         """Of the keys, then of the values; None where they stay as they are."""

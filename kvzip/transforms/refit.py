@@ -64,7 +64,7 @@ class Refit(BaseTransform):
         for part, fitted, judge in _blocks(queries, evicted, layer):
 
             def read_back(changed: Tensor, part: slice = part) -> Tensor:
-                return evicted.read_back("values", changed, part)
+                return evicted.read_values(changed, part)
 
             found = refit(fitted, judge, values[part], read_back if evicted.is_rounded else None)
             if found is not None:
