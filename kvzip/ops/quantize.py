@@ -167,12 +167,15 @@ def quantize(
     """
     layout.check(pairs.shape[1])
     numbers, widths = _rotated(pairs.float()) if layout.rotated else pairs.float(), None
+    low, high = (reduce(numbers, offsets, layout) for reduce in (_least, _largest))
     if layout.mixed:
-        variances = _variances(numbers, offsets, layout)
+        groups = _grouped(numbers, offsets, layout, torch.nan)
+        counts = [layout.num_groups(ends) for ends in pairwise(offsets)]
+        variances = _variances(groups, counts)
         widths = allot(variances if importance is None else importance * variances, layout.bits)
-        scales, zeros, most = _narrowed(numbers, offsets, layout, widths)
+        most = 2.0 ** widths.repeat_interleave(torch.tensor(counts, device=widths.device), dim=0) - 1
+        scales, zeros = _narrowed(groups, low, high, most)
     else:
-        low, high = (reduce(numbers, offsets, layout) for reduce in (_least, _largest))
         most = torch.full_like(low, 2**layout.bits - 1)
         zeros = _half_below(low)
         scales = _half_above((high - zeros.float()) / most)
@@ -264,25 +267,17 @@ def _codes(numbers: Tensor, scales: Tensor, zeros: Tensor, most: Tensor) -> Tens
     return torch.minimum(codes.clamp_min_(0), most)
 
 
-def _variances(numbers: Tensor, offsets: tuple[int, ...], layout: Layout) -> Tensor:
-    """Of each channel of each head within the groups: [Hkv, D]."""
-    groups = _grouped(numbers, offsets, layout, torch.nan)
+def _variances(groups: Tensor, counts: list[int]) -> Tensor:
+    """Of each channel of each head within its groups: [Hkv, D].  counts: groups of each head."""
     squares = (groups - groups.nanmean(dim=2, keepdim=True)).square().nansum(dim=2)
-    ends = [layout.num_groups(offsets[: head + 1]) for head in range(len(offsets))]
-    return torch.stack([squares[first:end].sum(dim=0) for first, end in pairwise(ends)])
+    return torch.stack([own.sum(dim=0) for own in torch.split(squares, counts)])
 
 
-def _narrowed(
-    numbers: Tensor, offsets: tuple[int, ...], layout: Layout, widths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales and zeros, float16, and the largest code of each group and channel, all [groups, D].
+def _narrowed(groups: Tensor, low: Tensor, high: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zeros, float16 [groups, D] as low and high, the ends of each range, and its largest code are.
 
-    The range of a group is narrowed around its middle by the factor of SHRINKS with which the squared error is least.
+    A range is narrowed around its middle by the factor of SHRINKS with which the squared error is least.
     """
-    groups = _grouped(numbers, offsets, layout, torch.nan)
-    counts = [layout.num_groups((start, end)) for start, end in pairwise(offsets)]
-    most = (2.0 ** widths.repeat_interleave(torch.tensor(counts, device=widths.device), dim=0)) - 1
-    low, high = (reduce(numbers, offsets, layout) for reduce in (_least, _largest))
     middle = torch.where(most > 0, (low + high) / 2, groups.nanmean(dim=2))
     best = torch.full_like(low, torch.inf)
     scales = zeros = torch.zeros_like(low, dtype=torch.float16)
@@ -295,7 +290,7 @@ def _narrowed(
         is_less = off < best
         best = torch.where(is_less, off, best)
         scales, zeros = torch.where(is_less, scale, scales), torch.where(is_less, zero, zeros)
-    return scales, zeros, most
+    return scales, zeros
 
 
 def _least(numbers: Tensor, offsets: tuple[int, ...], layout: Layout) -> Tensor:
