@@ -278,6 +278,16 @@ def test_pursued_keys_are_those_of_the_pursuit_where_held_out_queries_fare_bette
     assert any(wanted is not whole.kept for whole, wanted in compared)
 
 
+def test_where_more_pairs_stay_there_is_no_pursuit(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = made(case, "kvzip+refit", keep_ratio=0.2).data.keep_mask.flatten(0, 1)
+    shares = scored.float().mean(dim=1)
+    most = float(shares.median())
+    monkeypatch.setattr(kvzip.transforms.refit, "MOST", most)
+    found = made(case, "kvzip+refit:keys=pursued", keep_ratio=0.2).data.keep_mask.flatten(0, 1)
+    is_changed = (found != scored).any(dim=1)
+    assert is_changed[shares <= most].any() and not is_changed[shares > most].any()
+
+
 def test_it_needs_something_that_evicts() -> None:
     with pytest.raises(UnknownNameError, match="has no scorer"):
         parse_method("refit+int4")

@@ -21,8 +21,9 @@ from kvzip.transforms.base import BaseTransform, Evicted
 
 SYSTEMS = 16  # blocks of heads that are pursued at a time
 OTHERS = 2  # of queries that repeat a block, one of those that don't is taken for so many
+MOST = 0.75  # of a block's pairs: where more stay, the pursuit has little to choose
 CANDIDATES = 1.5  # times as many pairs as stay are looked at by the pursuit
-THINNED = 2  # of so many tokens whose queries are fitted to, the pursuit looks at those of one
+THINNED = 2  # of so many tokens whose queries are fitted to, the pursuit is shown those of one
 
 
 class Refit(BaseTransform):
@@ -79,8 +80,7 @@ class Shown:
     """The queries that a block of a layer is fitted to, the held-out ones last; R rows a KV head.
 
     query: [Hkv, R, D], scaled.  lse: [Hkv, R].  seen: [Hkv, R, D + 1], what each put out over all that it saw, and a
-    mass of 1.  is_near: [R] 1 or 0, whether that held the block.  num_fitted: rows that are not held out.  groups: rows
-    of one token, beside one another.
+    mass of 1.  is_near: [R] 1 or 0, whether that held the block.  num_fitted: rows that are not held out.
     """
 
     query: Tensor
@@ -88,12 +88,6 @@ class Shown:
     seen: Tensor
     is_near: Tensor
     num_fitted: int
-    groups: int
-
-    def thinned(self, fitted: Block) -> Block:
-        """The block as some of the queries see it that are fitted to, evenly spread."""
-        rows = torch.arange(self.num_fitted, device=fitted.kept.device)
-        return fitted.part(rows[rows // self.groups % THINNED == 0])
 
     def block(self, head: int, attention: Tensor, values: Tensor, kept: Tensor) -> tuple[Block, Block]:
         """The block as queries see it that are fitted to, and as the held-out ones do.
@@ -153,19 +147,20 @@ class Whole:
     judge: Block
 
     def loss(self, columns: Tensor) -> float:
-        """Of the held-out queries where these pairs [m] bool stay and are mended."""
+        """Of the held-out queries where these pairs [m] bool stay and are mended, about."""
         moments = self.moments.part(columns)
         if not moments.is_seen:
             return math.inf
-        return replace(self.judge, kept=self.judge.kept[:, columns]).loss(moments.fit(self.values[columns], RIDGES[0]))
+        put = moments.fit_put(self.values[columns], RIDGES[0])
+        return replace(self.judge, kept=self.judge.kept[:, columns]).loss(put)
 
 
 def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
     """Each block of each head of which some pairs stay and some go, and which queries look at."""
     for number, block in enumerate(queries.blocks):
-        part, shown = evicted.part(block), _shown(queries, number, evicted)
+        part, shown = evicted.part(block), _shown(queries, number, evicted, THINNED)
         for head, kept in enumerate(evicted.keep_mask[:, part]):
-            if bool(kept.all()) or not bool(kept.any()):
+            if not 0 < int(kept.sum()) <= MOST * len(kept):
                 continue
             keys, values = (pairs[head, part].float() for pairs in (evicted.keys, evicted.values))
             attention = _attention(shown, head, keys, queries.softcap)
@@ -175,7 +170,7 @@ def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
             directions = scale.unsqueeze(1) * principal(fitted.took * scale)
             chosen = _candidates(fitted, directions, kept)
             fitted, judge = (replace(block, kept=block.kept[:, chosen]) for block in (fitted, judge))
-            moments = Moments.of(shown.thinned(fitted))
+            moments = Moments.of(fitted)
             if moments.is_seen:
                 targets = moments.took @ directions
                 yield Whole(head, part.start + chosen, kept[chosen], values[chosen], moments, targets, judge)
@@ -202,14 +197,18 @@ def _pursued(batch: Sequence[Whole]) -> Iterator[Tensor]:
     return (taken[: len(whole.kept)] for whole, taken in zip(batch, found, strict=True))
 
 
-def _shown(queries: LayerQueries, number: int, evicted: Evicted) -> Shown:
-    """The queries that a block is fitted to: all that repeat it, and a share of that of the others, evenly spread."""
+def _shown(queries: LayerQueries, number: int, evicted: Evicted, every: int = 1) -> Shown:
+    """The queries that a block is fitted to: all that repeat it, and a share of that of the others, evenly spread.
+
+    every: of so many tokens that are not held out, one is taken.
+    """
     own, others = (found.nonzero().squeeze(1) for found in (queries.block_of == number, queries.block_of != number))
     if len(others) > len(own) // OTHERS:
         others = others[torch.linspace(0, len(others) - 1, len(own) // OTHERS).long()]
     chosen = torch.cat([own, others]).sort().values
     is_held_out = torch.arange(len(chosen)) % HELD_OUT == HELD_OUT - 1
-    chosen = torch.cat([chosen[~is_held_out], chosen[is_held_out]])
+    fitted = chosen[~is_held_out][::every]
+    chosen = torch.cat([fitted, chosen[is_held_out]])
     is_near = queries.chunk_of[chosen] == queries.chunk_of[own[0]]
     groups = len(queries.query) // len(evicted.keys)
 
@@ -223,6 +222,5 @@ def _shown(queries: LayerQueries, number: int, evicted: Evicted) -> Shown:
         lse=rows(queries.lse),
         seen=with_mass(rows(queries.outputs)),
         is_near=is_near.repeat_interleave(groups).float().to(evicted.keys.device),
-        num_fitted=int((~is_held_out).sum()) * groups,
-        groups=groups,
+        num_fitted=len(fitted) * groups,
     )
