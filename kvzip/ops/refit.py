@@ -119,8 +119,7 @@ class Moments:
         Close to `fit`, of which it needs half the work.
         """
         own = with_mass(values)
-        factor = torch.linalg.cholesky(_with_ridge(self.gram, ridge)[0])
-        return own + torch.cholesky_solve(self.took - self.gram @ own, factor)
+        return own + _solve(_with_ridge(self.gram, ridge)[0], self.took - self.gram @ own)
 
     def fit_weights(self, ridge: float) -> Tensor:
         """The weights [n] that make the mass fit best, |A w - m|^2 + ridge * d * |w - 1|^2, within their bounds.
@@ -130,7 +129,7 @@ class Moments:
         """
         system, pull = _with_ridge(self.gram, ridge)
         target = self.took[:, -1] + pull
-        weights = torch.cholesky_solve(target.unsqueeze(1), torch.linalg.cholesky(system)).squeeze(1)
+        weights = _solve(system, target.unsqueeze(1)).squeeze(1)
         if bool(((weights >= LEAST_WEIGHT) & (weights <= 1 / LEAST_WEIGHT)).all()):
             return weights
         return _within_bounds(system, target, weights)
@@ -142,8 +141,7 @@ class Moments:
         and d the mean diagonal of B'B.
         """
         gram = self.gram * weights * weights.unsqueeze(1)
-        factor = torch.linalg.cholesky(_with_ridge(gram, ridge)[0])
-        return values + torch.cholesky_solve(self.took[:, :-1] * weights.unsqueeze(1) - gram @ values, factor)
+        return values + _solve(_with_ridge(gram, ridge)[0], self.took[:, :-1] * weights.unsqueeze(1) - gram @ values)
 
 
 def _with_ridge(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -151,6 +149,14 @@ def _with_ridge(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     system, pull = gram.clone(), ridge * gram.diagonal().mean()
     system.diagonal().add_(pull)
     return system, pull
+
+
+def _solve(system: Tensor, targets: Tensor) -> Tensor:
+    """Of a positive definite system [n, n] and targets [n, k].
+
+    By an upper factor, which several threads find in half the time that a lower one takes them.
+    """
+    return torch.cholesky_solve(targets, torch.linalg.cholesky(system, upper=True), upper=True)
 
 
 def _within_bounds(system: Tensor, target: Tensor, weights: Tensor) -> Tensor:
