@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +149,14 @@ def test_a_random_context_has_the_shape_that_it_says(tiny: kvzip.LLM) -> None:
     assert [layer.window for layer in data.layers] == [layer.window for layer in tiny.geometry.layers]
     per_head = [counts for counts, layer in zip(data.pairs_per_head, data.layers, strict=True) if layer.window is None]
     assert data.keep_mask.sum(-1).tolist() == per_head
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        time.sleep(0.3)
+        busy = measure.busy_cores()
+        other.kill()
+    assert busy is None or busy > 0.3
 
 
 def test_a_command_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:

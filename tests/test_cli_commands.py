@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import ASK_KEYS, COMPRESS_KEYS, TEXT, Running, call, run
 
-import kvzip
+import kvzip.bench.measure
 from kvzip.cli import demo
 from kvzip.loading import load
 from kvzip.recipes import RECIPES
@@ -380,3 +380,15 @@ def test_what_a_search_can_not_do(options, message, tiny, tmp_path, monkeypatch,
     (tmp_path / "text.txt").write_text(TEXT)
     code, out, err = call(monkeypatch, capsys, tmp_path, "compress", "text.txt", "-m", tiny, *options)
     assert code == 1 and message in err and out == "" and not (tmp_path / "text.kvz").exists()
+
+
+@pytest.mark.parametrize("busy", [0.0, 1000.0, None])
+def test_a_busy_machine_is_named_and_written_down(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, busy: float | None
+) -> None:
+    monkeypatch.setattr(kvzip.bench.measure, "busy_cores", lambda: busy)
+    words = ("bench", "decode", "-m", tiny, "--context-len", "64", "--runs", "1", "--json", "found.json")
+    for more in ((), ("--quiet",)):
+        code, _, err = call(monkeypatch, capsys, tmp_path, *words, *more)
+        assert code == 0 and ("1000.0 of" in err) is (busy == 1000.0 and not more)
+        assert json.loads((tmp_path / "found.json").read_text())["busy_cores"] == busy

@@ -107,6 +107,24 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return {"read_bytes_per_s": numbers.nbytes / read, "matmul_flops_per_s": 2 * 2048**3 / product}
 
 
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """How many cores other programs keep busy while this one waits for so long; None where the system does not say."""
+    before = _busy_seconds()
+    time.sleep(seconds)
+    after = _busy_seconds()
+    return None if before is None or after is None else (after - before) / seconds
+
+
+def _busy_seconds() -> float | None:
+    """Of all cores together, since the machine started."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *interrupts = map(int, words[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to know about where a number comes from, but the number itself."""
     return {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from kvzip.cli.border import Command
+from kvzip.cli.border import Command, say
 from kvzip.cli.options import Device, DType, Model, Quiet, examples
 from kvzip.cli.screen import Bars, print_facts, print_json
 
@@ -17,6 +18,7 @@ EPILOG = examples(
     "kvzip bench open -m smollm2-135m --context-len 6000 --json open.json",
     "kvzip bench decode -m qwen2.5-coder-0.5b --context-len 16000",
 )
+MOST_BUSY = 0.25  # of the cores: where other programs take more, times say little
 
 ContextLen = Annotated[int, typer.Option("--context-len", metavar="N", help="Tokens of the context.")]
 KeepRatio = Annotated[float, typer.Option("-r", "--keep-ratio", metavar="R", help="Share of the KV pairs to keep.")]
@@ -184,13 +186,14 @@ def scale(
 
     with Bars(quiet) as bars:
         start(bars)
+        busy = _look_around(quiet=quiet)
         _set_threads(threads)
         llm = None if model is None else load_llm(model, bars)
         from kvzip.bench.scale import bench_scale
 
         with bars.step("Measuring"):
             result = bench_scale(context_len or [20_000, 40_000, 80_000, 170_000], keep_ratio, replay_scope, llm)
-    _show(result, json_file)
+    _show(result | {"busy_cores": busy}, json_file)
 
 
 @app.command(cls=Command)
@@ -217,17 +220,29 @@ def _run(
     threads: int | None, json_file: str | None, quiet: bool, backend: str = "auto",
 ) -> None:  # fmt: skip
     from kvzip.budget import check_keep_ratio
-    from kvzip.cli.loading import load_llm
+    from kvzip.cli.loading import load_llm, start
 
     for value in settings:
         if isinstance(value, float):  # keep ratios are the only ones
             check_keep_ratio(value)
     with Bars(quiet) as bars:
+        start(bars)
+        busy = _look_around(quiet=quiet)
         llm = load_llm(model, bars, dtype=dtype, device=device, backend=backend)
         _set_threads(threads)
         with bars.step("Measuring"):
-            result = bench(llm, *settings)
+            result = bench(llm, *settings) | {"busy_cores": busy}
     _show(result, json_file)
+
+
+def _look_around(*, quiet: bool) -> float | None:
+    """How many cores other programs keep busy, with a word where that spoils the times."""
+    from kvzip.bench.measure import busy_cores
+
+    busy, cores = busy_cores(), os.cpu_count() or 1
+    if busy is not None and busy > MOST_BUSY * cores and not quiet:
+        say(f"kvzip: other programs keep {busy:.1f} of {cores} cores busy: these times are not to be trusted")
+    return busy
 
 
 def _set_threads(threads: int | None) -> None:
