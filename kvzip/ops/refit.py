@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
@@ -37,11 +37,6 @@ class Fit:
     weights: Tensor
     values: Tensor
 
-    @property
-    def put(self) -> Tensor:
-        """What each pair puts out, and its mass: [n, D + 1]."""
-        return with_mass(self.values) * self.weights.unsqueeze(1)
-
 
 @dataclass(frozen=True)
 class Block:
@@ -60,12 +55,9 @@ class Block:
         """That of some of the queries."""
         return Block(self.kept[rows], self.took[rows], self.beside[rows])
 
-    def loss(self, put: Tensor) -> float:
-        """Mean squared error of what attention puts out, over all that is seen.
-
-        put: [n, D + 1], what the kept pairs put out, and their masses.
-        """
-        found = self.beside + self.kept @ put
+    def loss(self, fit: Fit) -> float:
+        """Mean squared error of what attention puts out, over all that is seen, with the block as fitted."""
+        found = self.beside + self.kept @ (with_mass(fit.values) * fit.weights.unsqueeze(1))
         return float((_per_mass(found) - self.outputs).square().sum(dim=1).mean())
 
     @cached_property
@@ -112,14 +104,6 @@ class Moments:
         """Weights and values that make mass and outputs fit best, near 1 and near the pairs' own values [n, D]."""
         weights = self.fit_weights(ridge)
         return Fit(weights, self.fit_values(weights, values, ridge))
-
-    def fit_put(self, values: Tensor, ridge: float) -> Tensor:
-        """What the pairs should put out, near their own values and masses of 1, if nothing bound them: [n, D + 1].
-
-        Close to `fit`, of which it needs half the work.
-        """
-        own = with_mass(values)
-        return own + _solve(_with_ridge(self.gram, ridge)[0], self.took - self.gram @ own)
 
     def fit_weights(self, ridge: float) -> Tensor:
         """The weights [n] that make the mass fit best, |A w - m|^2 + ridge * d * |w - 1|^2, within their bounds.
@@ -183,7 +167,7 @@ def refit(fitted: Block, judge: Block, values: Tensor, read_back: Rounding | Non
         return None
 
     def loss(fit: Fit) -> float:
-        return judge.loss((fit if read_back is None else replace(fit, values=read_back(fit.values))).put)
+        return judge.loss(fit if read_back is None else Fit(fit.weights, read_back(fit.values)))
 
     plain = loss(Fit(torch.ones(len(values), device=values.device), values))
     best, least = None, plain

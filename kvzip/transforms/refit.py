@@ -147,12 +147,11 @@ class Whole:
     judge: Block
 
     def loss(self, columns: Tensor) -> float:
-        """Of the held-out queries where these pairs [m] bool stay and are mended, about."""
+        """Of the held-out queries where these pairs [m] bool stay and are mended."""
         moments = self.moments.part(columns)
         if not moments.is_seen:
             return math.inf
-        put = moments.fit_put(self.values[columns], RIDGES[0])
-        return replace(self.judge, kept=self.judge.kept[:, columns]).loss(put)
+        return replace(self.judge, kept=self.judge.kept[:, columns]).loss(moments.fit(self.values[columns], RIDGES[0]))
 
 
 def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
