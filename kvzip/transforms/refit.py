@@ -34,7 +34,8 @@ class Refit(BaseTransform):
     better off without, the pairs stay as they are. The prefix is whole and is not changed. Where pairs become codes
     afterwards, the fit is made with the keys as they will be read, and chosen by the values as they will be.
     keys: which pairs of a block of a head stay; "scored", those of the method, or "pursued", as many by orthogonal
-    matching pursuit on the block's mass and outputs (`kvzip.ops.pursuit`) where the held-out queries fare better so.
+    matching pursuit on the block's mass and outputs (`kvzip.ops.pursuit`) where the held-out queries fare better so and
+    at most MOST of the block's pairs stay.
     """
 
     summary = "biases and values that make up for what was evicted"
@@ -155,7 +156,7 @@ class Whole:
 
 
 def _wholes(queries: LayerQueries, evicted: Evicted) -> Iterator[Whole]:
-    """Each block of each head of which some pairs stay and some go, and which queries look at."""
+    """Each block of each head of which some pairs stay, MOST at most, and which queries look at."""
     for number, block in enumerate(queries.blocks):
         part, shown = evicted.part(block), _shown(queries, number, evicted, THINNED)
         for head, kept in enumerate(evicted.keep_mask[:, part]):

@@ -168,8 +168,8 @@ def test_contexts_beyond_the_limit_take_turns(eager: Any, small: Case) -> None:
         check(ask(eager, [replace(question, context=name)]), [question])
 
 
-def plain_steps(store: Path, connector: bool) -> list[list[dict[int, float]]]:
-    """Log-probabilities of plain prompts asked at once, cold and warm; with the plugin, after a question to a context.
+def plain_steps(store: Path, connector: bool) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """Tokens and log-probabilities of plain prompts asked at once, cold and warm; with the plugin, after a context.
 
     The engine runs in this process, where a step holds the same requests every time: in a process of its own it begins
     as soon as the first of them arrives, and other rows in a matrix product are other roundings.
@@ -179,7 +179,10 @@ def plain_steps(store: Path, connector: bool) -> list[list[dict[int, float]]]:
         if connector:
             ask(llm, [Question("a", PLAIN[1])])
         answers = [*ask(llm, questions), *ask(llm, questions)]
-    return [[{token: found.logprob for token, found in step.items()} for step in one.logprobs] for one in answers]
+    return [
+        (list(one.token_ids), [{token: found.logprob for token, found in step.items()} for step in one.logprobs])
+        for one in answers
+    ]
 
 
 def test_plain_prompts_are_bit_identical_to_stock(small: Case, monkeypatch: pytest.MonkeyPatch) -> None:
