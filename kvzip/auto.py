@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from kvzip.budget import Amounts, parse_nbytes
+from kvzip.budget import Amounts, parse_size
 from kvzip.compressed import CompressedContext
 from kvzip.errors import BudgetError
 from kvzip.options import CompressOptions
@@ -28,8 +28,9 @@ class Search:
     def __init__(self, options: CompressOptions, compress: Compress, amounts_of: AmountsOf) -> None:
         self.options, self.candidates = options, candidates(options.method)
         self.max_loss = options.max_loss
-        self.max_nbytes = None if options.max_bytes is None else parse_nbytes(options.max_bytes)
         self._compress, self._amounts_of = compress, amounts_of
+        full_nbytes = amounts_of(options.method).full_nbytes
+        self.max_nbytes = None if options.max_bytes is None else parse_size(options.max_bytes, full_nbytes, "max_bytes")
         self._bounds: dict[int, float] = {}
 
     def run(self) -> CompressedContext:

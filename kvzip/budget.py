@@ -144,46 +144,83 @@ def check_keep_ratio(keep_ratio: float | str) -> float:
 @dataclass(frozen=True)
 class Amounts:
     """What a budget is taken of.  num_pairs: context pairs in full-attention layers.  fixed_nbytes: bytes that stay
-    whatever is evicted (prefix, sliding windows, offsets).  pair_nbytes: bytes of one pair."""
+    whatever is evicted (prefix, sliding windows, offsets).  pair_nbytes: bytes of one pair, at most.  full_nbytes:
+    bytes that prefix and context take in a full cache of 16-bit numbers, what "8x" is an eighth of."""
 
     num_pairs: int
     fixed_nbytes: int
     pair_nbytes: float
+    full_nbytes: int
+
+    def pairs_within(self, nbytes: int) -> int:
+        """How many context pairs there is room for; below 1 where there is none."""
+        return min(int((nbytes - self.fixed_nbytes) // self.pair_nbytes), self.num_pairs)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a recipe keeps: as many pairs as a cache so many times smaller than a full one of 16-bit numbers has room
+    for, but at least the keep ratio `least`: of a short text the prefix, which always stays, takes much of the room.
+
+    times: at least 1.  least: 0 < r <= 1.
+    """
+
+    times: float
+    least: float
+
+    def __str__(self) -> str:
+        return f"{self.times:g}x"
+
+    def num_pairs(self, amounts: Amounts) -> int:
+        """The number of context pairs to keep."""
+        room = amounts.pairs_within(parse_size(str(self), amounts.full_nbytes))
+        return max(room, resolve_pairs(self.least, None, amounts))
 
 
 def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: Amounts) -> int:
     """The number of context pairs to keep, at least 1.
 
-    keep_ratio: fraction of `num_pairs`.  budget: a count of context pairs, or bytes of the whole compressed cache as
-    text ("48MiB", "200 MB"). Exactly one of the two is given.  Raises BudgetError.
+    keep_ratio: fraction of `num_pairs`.  budget: a count of context pairs, or what the whole compressed cache may take
+    as text: bytes ("48MiB", "200 MB"), or how many times less than a full one of 16-bit numbers ("8x"). Exactly one of
+    the two is given.  Raises BudgetError.
     """
     if (keep_ratio is None) == (budget is None):
         raise BudgetError("give either keep_ratio or budget, not both and not neither")
     if keep_ratio is not None:
         return max(1, round(check_keep_ratio(keep_ratio) * amounts.num_pairs))
     if isinstance(budget, str):
-        nbytes = parse_nbytes(budget)
-        pairs = int((nbytes - amounts.fixed_nbytes) // amounts.pair_nbytes)
+        pairs = amounts.pairs_within(parse_size(budget, amounts.full_nbytes))
         if pairs < 1:
             least = math.ceil(amounts.fixed_nbytes + amounts.pair_nbytes)
-            raise BudgetError(f"budget {budget!r} is too small: this context needs at least {least} bytes")
-        return min(pairs, amounts.num_pairs)
+            needs = f"this context needs at least {least} bytes, {math.floor(10 * amounts.full_nbytes / least) / 10:g}x"
+            raise BudgetError(f"budget {budget!r} is too small: {needs}")
+        return pairs
     if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= amounts.num_pairs:
         raise BudgetError(
-            f"budget {budget!r} is out of range: give 1 to {amounts.num_pairs} KV pairs, or bytes as '64MiB'"
+            f"budget {budget!r} is out of range: give 1 to {amounts.num_pairs} KV pairs, bytes as '64MiB', or '8x'"
         )
     return budget
 
 
-def parse_nbytes(text: int | str, what: str = "budget") -> int:
+def parse_size(text: int | str, full_nbytes: int, what: str = "budget") -> int:
+    """Bytes as by `parse_nbytes`, or of "8x", an eighth of `full_nbytes`, at least "1x". Raises BudgetError."""
+    times = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*", str(text), re.IGNORECASE)
+    if times is None:
+        return parse_nbytes(text, what, ", or 8x for an eighth of the full cache in 16-bit numbers")
+    if float(times[1]) < 1:
+        raise BudgetError(f"{what} {text!r} is out of range: give how many times smaller, at least 1x")
+    return int(full_nbytes / float(times[1]))
+
+
+def parse_nbytes(text: int | str, what: str = "budget", also: str = "") -> int:
     """Bytes of "64MiB", "1.5 GB" or "4096 B", or of a number of them, above 0. Raises BudgetError.
 
-    what: as the error calls it.
+    what: as the error calls it.  also: what else is allowed, behind the units in the error.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         text = f"{text}B"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", str(text), re.IGNORECASE)
     if not match:
         pairs = "KV pairs as 10000, or " if what == "budget" else ""
-        raise BudgetError(f"{what} {text!r} is not an amount: give {pairs}bytes as 64MiB, 200MB or 4096B")
+        raise BudgetError(f"{what} {text!r} is not an amount: give {pairs}bytes as 64MiB, 200MB or 4096B{also}")
     return int(float(match[1]) * UNITS[match[2].lower()])

@@ -272,7 +272,7 @@ class FullContext:
         offsets = sum(4 * (layer.num_kv_heads + 1) for layer in [*full, *windows])
         num_pairs = sum(layer.num_kv_heads for layer in full) * self.context_ids.numel()
         fixed = math.ceil(prefix * prefix_nbytes) + heads + sliding * itemsize + offsets
-        return Amounts(num_pairs, fixed, pair_nbytes)
+        return Amounts(num_pairs, fixed, pair_nbytes, self.engine.geometry.kv_nbytes(self.length, torch.float16))
 
     @torch.inference_mode()
     def evict(

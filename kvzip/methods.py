@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvzip.budget import BUDGET_KINDS, BudgetKind, get_budget_kind
+from kvzip.budget import BUDGET_KINDS, BudgetKind, Size, get_budget_kind
 from kvzip.errors import InputError, UnknownNameError
 from kvzip.fetch import FETCHES, fetch_class
 from kvzip.parts import Option, Part, make_part, options_of, split_part, unknown_option
@@ -89,8 +89,8 @@ class Method:
     """A parsed method.
 
     name: as the user wrote it.  scorer, budget: what is evicted; None where all pairs stay.  transforms: what is done
-    to the pairs that stay, in this order.  fetch: how pairs are recalled at each step, or None.  keep_ratio: of a
-    recipe, what is kept where nothing else is asked for.
+    to the pairs that stay, in this order.  fetch: how pairs are recalled at each step, or None.  size: of a recipe,
+    what is kept where nothing else is asked for.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Method:
     budget: Part | None
     transforms: tuple[Part, ...] = ()
     fetch: Part | None = None
-    keep_ratio: float | None = None
+    size: Size | None = None
 
     @property
     def budget_kind(self) -> BudgetKind | None:
@@ -144,7 +144,7 @@ def parse_method(text: str) -> Method:
 
     An alias stands for its parts, and its options go to the part that has them; a later part replaces an earlier one of
     the same kind, and transforms of different names add up; a name that is an alias and a budget (`adakv`) is the
-    budget beside other parts.  `kvzip:small` is a recipe, a composition with a keep ratio.
+    budget beside other parts.  `kvzip:small` is a recipe, a composition with a size.
     Without a budget: `global`.  Without a scorer nothing is evicted.
     Raises UnknownNameError with the nearest name, or InputError for an option that can't be.
     """
@@ -178,8 +178,8 @@ def parse_method(text: str) -> Method:
     behind = [name for name, kind in kinds.items() if kind.needs_scores or kind.needs_queries]
     if scorer is None and behind:
         raise UnknownNameError(f"method {text!r} has no scorer: put one of {', '.join(SCORERS)} before {behind[0]!r}")
-    keep_ratio = next((RECIPES[word].keep_ratio for word in words if word in RECIPES), None)
-    return Method(text, scorer, budget, in_order, chosen.get("fetch"), keep_ratio)
+    size = next((RECIPES[word].size for word in words if word in RECIPES), None)
+    return Method(text, scorer, budget, in_order, chosen.get("fetch"), size)
 
 
 def split_methods(text: str) -> tuple[str, ...]:

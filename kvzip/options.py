@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvzip.budget import check_keep_ratio, parse_nbytes
+from kvzip.budget import Amounts, Size, check_keep_ratio, parse_size, resolve_pairs
 from kvzip.chunks import CHUNK_LEN
 from kvzip.errors import BudgetError, InputError, UnknownNameError
 from kvzip.methods import Method, parse_method
@@ -22,12 +22,13 @@ class CompressOptions:
     """What `compress` takes besides the text.
 
     keep_ratio: fraction of the context's KV pairs kept in full-attention layers, 0 < r <= 1; 1 = no eviction. Where
-    neither it nor `budget` is given: that of a recipe, 1 for a method that evicts nothing, 0.3 otherwise.
-    budget: instead, a number of context pairs, or bytes as text ("64MiB").
+    neither it nor `budget` is given: a recipe has its own size, a method that evicts nothing 1, others 0.3.
+    budget: instead, a number of context pairs, or as text the bytes of the compressed cache ("64MiB"), or how many
+    times smaller it is to be than a full one of 16-bit numbers ("8x").
     keep_ratio="auto": instead, what is kept and how is searched for (`kvzip.auto`), so that the certificate stays
-    within `max_loss` (0.05 nats a token by default), or that the cache stays within `max_bytes` ("64MiB", a number), or
-    both. Either of these asks for "auto" by itself. With `kvzip` the search goes over the recipes and what lies between
-    them, with another method over its keep ratios.
+    within `max_loss` (0.05 nats a token by default), or that the cache stays within `max_bytes` ("64MiB", "8x", a
+    number), or both. Either of these asks for "auto" by itself. With `kvzip` the search goes over the recipes and what
+    lies between them, with another method over its keep ratios.
     method: `kvzip`, a recipe as `kvzip:small`, or parts as `kvzip+uniform` (see `kvzip.methods`). One that decides
     itself how much to keep takes neither of both, and is not `faithful`.
     faithful: the official repository's choices (softmax in the model's dtype, last chunk alone, strict threshold).
@@ -54,8 +55,8 @@ class CompressOptions:
             self._check_that_all_stays()
         elif method.decides_count:
             self._check_nothing_is_asked()
-        elif self.keep_ratio is None and self.budget is None:
-            object.__setattr__(self, "keep_ratio", method.keep_ratio or DEFAULT_KEEP_RATIO)
+        elif self.keep_ratio is None and self.budget is None and method.size is None:
+            object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
         if self.keep_ratio is not None and not self.is_auto:
             check_keep_ratio(self.keep_ratio)
         if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:
@@ -74,6 +75,22 @@ class CompressOptions:
     def ratio(self) -> float | None:
         """The keep ratio as a number; None where a budget or a search decides."""
         return None if self.keep_ratio is None or self.is_auto else check_keep_ratio(self.keep_ratio)
+
+    @property
+    def size(self) -> Size | None:
+        """That of a recipe, where nothing else is asked for."""
+        return parse_method(self.method).size if self.keep_ratio is None and self.budget is None else None
+
+    @property
+    def budget_text(self) -> str | None:
+        """What was asked for instead of a keep ratio, "64MiB" or "8x", or what the recipe goes by."""
+        asked = self.size if self.budget is None else self.budget
+        return None if asked is None else str(asked)
+
+    def num_pairs(self, amounts: Amounts) -> int:
+        """How many context pairs to keep. Raises BudgetError."""
+        size = self.size
+        return resolve_pairs(self.ratio, self.budget, amounts) if size is None else size.num_pairs(amounts)
 
     def _check_search(self, method: Method) -> None:
         limits = "max_loss" if self.max_loss is not None else "max_bytes" if self.max_bytes is not None else "'auto'"
@@ -94,7 +111,7 @@ class CompressOptions:
         if self.max_loss is not None:
             _check_loss(self.max_loss)
         if self.max_bytes is not None:
-            parse_nbytes(self.max_bytes, "max_bytes")
+            parse_size(self.max_bytes, 1, "max_bytes")
         elif self.max_loss is None:
             object.__setattr__(self, "max_loss", DEFAULT_MAX_LOSS)
         object.__setattr__(self, "keep_ratio", AUTO)

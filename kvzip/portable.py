@@ -116,7 +116,8 @@ def count_for(context: RaggedContext, keep_ratio: float | None = None) -> int:
     num_layers, num_heads, context_len = context.kept_shape
     heads, mask = num_layers * num_heads, context.keep_mask
     asked = keep_ratio is not None
-    pairs = resolve_pairs(keep_ratio, None, Amounts(mask.numel(), 0, 1.0)) if asked else int(mask.sum())
+    amounts = Amounts(mask.numel(), fixed_nbytes=0, pair_nbytes=1.0, full_nbytes=mask.numel())
+    pairs = resolve_pairs(keep_ratio, None, amounts) if asked else int(mask.sum())
     count, prefix_len = pairs // heads, context.prefix_len
     windows = [layer.window for layer in context.layers if layer.window is not None]
     seen = max((num_last(window, context.logical_len) for window in windows), default=0)

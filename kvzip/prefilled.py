@@ -13,7 +13,7 @@ from torch import Tensor
 from kvzip import store
 from kvzip._version import __version__
 from kvzip.auto import Search
-from kvzip.budget import Amounts, resolve_pairs
+from kvzip.budget import Amounts
 from kvzip.certificate import Certifier
 from kvzip.chunks import CHUNK_LEN
 from kvzip.compress import FullContext, pack_context
@@ -90,7 +90,7 @@ class Prefilled:
         transforms = [get_transform(part) for part in method.transforms]
         fetch = None if method.fetch is None else get_fetch(method.fetch)
         amounts = self._full.amounts(transforms)
-        num_pairs = None if method.decides_count else resolve_pairs(options.ratio, options.budget, amounts)
+        num_pairs = None if method.decides_count else options.num_pairs(amounts)
         selection, score_s = self._select(options, method, num_pairs, amounts.num_pairs, progress)
         info = self._info(options, method, selection.mask, score_s)
         certifier = self._certifier if options.certify else None
@@ -221,7 +221,7 @@ class Prefilled:
             method=method.composition + self._variant(options, method),
             dtype=self.llm.dtype_name,
             keep_ratio_asked=options.ratio,
-            budget_asked=None if options.budget is None else str(options.budget),
+            budget_asked=options.budget_text,
             keep_ratio=mask.sum().item() / mask.numel(),
             full_kv_nbytes=self.llm.geometry.kv_nbytes(self._full.length, self.llm.model.dtype),
             prefill_s=self._full.prefill_s,

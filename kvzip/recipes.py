@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvzip.budget import Size
+
 MENDED = "reconstruction-plus:power=0.5+floored+refit"  # the base of all of them
 MIXED = "group_size=256,channels=mixed,values=rotated,prefix_value_bits=6"  # how codes are made in all of them
 
@@ -19,17 +21,17 @@ def coded(bits: int) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A composition with the keep ratio that it was chosen for.  help: for `kvzip methods`."""
+    """A composition with the size that it was chosen for.  help: for `kvzip methods`."""
 
     composition: str
-    keep_ratio: float
+    size: Size
     help: str
 
 
 RECIPES = {
-    "kvzip:safe": Recipe(coded(5), 0.68, "four times smaller than 16-bit numbers"),
-    "kvzip:small": Recipe(coded(4), 0.38, "eight times smaller"),
-    "kvzip:tiny": Recipe(coded(3), 0.31, "twelve times smaller, with a loss that is felt"),
+    "kvzip:safe": Recipe(coded(5), Size(4, least=0.68), "four times smaller than 16-bit numbers"),
+    "kvzip:small": Recipe(coded(4), Size(8, least=0.38), "eight times smaller"),
+    "kvzip:tiny": Recipe(coded(3), Size(12, least=0.31), "twelve times smaller, with a loss that is felt"),
 }
 
 

@@ -12,14 +12,14 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
 from kvzip.auto import Search
-from kvzip.budget import Amounts
+from kvzip.budget import Amounts, resolve_pairs
 from kvzip.context import ContextInfo
 from kvzip.errors import BudgetError, InputError
 from kvzip.options import DEFAULT_MAX_LOSS, CompressOptions
 from kvzip.recipes import FRONTIER, RECIPES, candidates
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs away from 17 angry bees. " * 12
-AMOUNTS = Amounts(num_pairs=1000, fixed_nbytes=500, pair_nbytes=4)
+AMOUNTS = Amounts(num_pairs=1000, fixed_nbytes=500, pair_nbytes=4, full_nbytes=8000)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Fake:
 
     def __call__(self, options: CompressOptions) -> Any:
         self.asked.append(options)
-        ratio = options.ratio or (int(str(options.budget)[:-1]) - 500) / 4000
+        ratio = options.ratio or resolve_pairs(None, options.budget, AMOUNTS) / AMOUNTS.num_pairs
         loss = {"kl_bound": self.bounds.get((options.method, ratio), 0.5)}
         info = ContextInfo("m", "f", options.method, "float32", options.ratio, None, ratio, 4500, loss=loss)
         return kvzip.CompressedContext(None, FakeData(info, 500 + round(4000 * ratio)))  # type: ignore[arg-type]
@@ -90,6 +90,14 @@ def test_the_largest_within_the_bytes(nbytes: int) -> None:
     assert f"within {nbytes}B" in found.info.chosen and len(fake.asked) == 1
 
 
+def test_times_smaller_are_bytes_of_a_full_cache() -> None:
+    fake = Fake({})
+    found = search(fake, max_bytes="4x")
+    assert 2000 - 8 < found.kv_nbytes <= 2000 and "within 4x" in found.info.chosen
+    with pytest.raises(BudgetError, match=r"^max_bytes '20x' is too small: .*takes 900 bytes"):
+        search(fake, max_bytes="20x")
+
+
 def test_both_limits() -> None:
     losses = [0.001 * 2**i for i in range(len(FRONTIER))]
     assert search(rising(losses), max_loss=0.02, max_bytes=4000).info.loss["kl_bound"] <= 0.02
@@ -118,7 +126,7 @@ def test_a_text_too_short_to_measure() -> None:
 
 
 def test_the_frontier_falls_and_holds_the_recipes() -> None:
-    named = [(recipe.composition, recipe.keep_ratio) for recipe in RECIPES.values()]
+    named = [(recipe.composition, recipe.size.least) for recipe in RECIPES.values()]
     assert set(named) <= {(c.method, c.keep_ratio) for c in FRONTIER}
     assert len(set(FRONTIER)) == len(FRONTIER)
 

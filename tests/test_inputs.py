@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
 
 import kvzip
-from kvzip.budget import Amounts, parse_nbytes, resolve_pairs
+from kvzip.budget import Amounts, Size, parse_nbytes, resolve_pairs
 from kvzip.chunks import chunk_slices
 from kvzip.errors import BudgetError, ContextLengthError, InputError, ModelError, UnknownNameError
 from kvzip.generation import before_stop
@@ -82,12 +83,28 @@ def test_keep_ratio_and_budget_exclude_each_other(tiny: kvzip.LLM) -> None:
 
 
 def test_budgets_resolve_to_exact_counts() -> None:
-    amounts = Amounts(num_pairs=1000, fixed_nbytes=500, pair_nbytes=100)
+    amounts = Amounts(num_pairs=1000, fixed_nbytes=500, pair_nbytes=100, full_nbytes=80_000)
     assert resolve_pairs(0.3, None, amounts) == 300
     assert resolve_pairs(1e-9, None, amounts) == 1
     assert resolve_pairs(None, 17, amounts) == 17
     assert resolve_pairs(None, "2600B", amounts) == 21
     assert resolve_pairs(None, "1GiB", amounts) == 1000
+    assert [resolve_pairs(None, times, amounts) for times in ("8x", "1x", " 12.5 X ")] == [95, 795, 59]
+    for times, message in {
+        "0.5x": "'0.5x' is out of range: give how many times smaller, at least 1x",
+        "200x": "'200x' is too small: this context needs at least 600 bytes, 133.3x",
+        "-8x": "'-8x' is not an amount: give KV pairs as 10000, or bytes as 64MiB, 200MB or 4096B, or 8x for an eighth",
+    }.items():
+        with pytest.raises(BudgetError, match=message):
+            resolve_pairs(None, times, amounts)
+
+
+def test_a_recipe_fills_its_size_and_keeps_its_least() -> None:
+    amounts = Amounts(num_pairs=1000, fixed_nbytes=500, pair_nbytes=100, full_nbytes=80_000)
+    assert Size(8, least=0.01).num_pairs(amounts) == 95
+    assert Size(8, least=0.3).num_pairs(amounts) == 300
+    assert Size(8, least=0.3).num_pairs(replace(amounts, fixed_nbytes=20_000)) == 300, "no room at all"
+    assert Size(1, least=0.3).num_pairs(replace(amounts, pair_nbytes=1)) == 1000
     assert [parse_nbytes(t) for t in ("1.5 KiB", "2mb", "3B")] == [1536, 2_000_000, 3]
 
 

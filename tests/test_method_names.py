@@ -145,20 +145,23 @@ def test_every_scorer_declares_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_its_composition_at_its_keep_ratio(name: str) -> None:
+def test_a_recipe_is_its_composition_at_its_size(name: str) -> None:
     recipe, method = RECIPES[name], parse_method(name)
     assert method.composition == parse_method(recipe.composition).composition
-    assert CompressOptions(method=name).keep_ratio == recipe.keep_ratio
-    assert CompressOptions(method=name, keep_ratio=0.6).keep_ratio == 0.6, "what is asked for goes first"
-    assert CompressOptions(method=name, budget="64MiB").keep_ratio is None
+    asked = CompressOptions(method=name)
+    assert asked.keep_ratio is None and asked.size == recipe.size and asked.budget_text == str(recipe.size)
+    other = CompressOptions(method=name, keep_ratio=0.6)
+    assert other.keep_ratio == 0.6 and other.size is None, "what is asked for goes first"
+    other = CompressOptions(method=name, budget="64MiB")
+    assert other.keep_ratio is None and other.size is None and other.budget_text == "64MiB"
     changed = parse_method(f"{name}+uniform+int8")
     assert changed.budget is not None and changed.budget.name == "uniform"
-    assert changed.keep_ratio == recipe.keep_ratio and "key_bits=8" in changed.composition
+    assert changed.size == recipe.size and "key_bits=8" in changed.composition
 
 
 def test_recipes_keep_less_the_smaller_they_are() -> None:
-    ratios = [RECIPES[f"kvzip:{size}"].keep_ratio for size in ("safe", "small", "tiny")]
-    assert ratios == sorted(ratios, reverse=True)
+    sizes = [RECIPES[f"kvzip:{size}"].size for size in ("safe", "small", "tiny")]
+    assert sizes == sorted(sizes, key=lambda size: size.times) == sorted(sizes, key=lambda size: -size.least)
 
 
 def test_a_recipe_that_is_not_there_is_named_with_those_that_are() -> None:

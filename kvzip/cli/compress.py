@@ -55,10 +55,10 @@ def compress(
         ),
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(metavar="AMOUNT", help="Search for the best cache within bytes, as 64MiB.")
+        str | None, typer.Option(metavar="AMOUNT", help="Search for the best cache within 64MiB, or within 8x.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="AMOUNT", help="Instead: KV pairs as 100000, or bytes as 64MiB.")
+        str | None, typer.Option(metavar="AMOUNT", help="Instead: 100000 KV pairs, 64MiB, or 8x less than in 16 bits.")
     ] = None,
     method: Annotated[
         str,
@@ -113,7 +113,7 @@ def compress(
 
 def make_options(keep_ratio: str | None, budget: str | None, **options: Any) -> CompressOptions:
     """The options, checked before the long work. Raises BudgetError, UnknownNameError or InputError."""
-    from kvzip.budget import parse_nbytes
+    from kvzip.budget import parse_size
     from kvzip.options import AUTO, CompressOptions
 
     ratio: float | str | None = keep_ratio
@@ -129,7 +129,7 @@ def make_options(keep_ratio: str | None, budget: str | None, **options: Any) -> 
     if budget is not None and budget.strip().lstrip("+-").isdecimal():
         amount = int(budget)
     elif budget is not None:
-        parse_nbytes(budget)
+        parse_size(budget, 1)
     return CompressOptions(keep_ratio=ratio, budget=amount, **options)
 
 

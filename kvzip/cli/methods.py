@@ -45,7 +45,7 @@ def _recipes() -> list[dict[str, Any]]:
 
     rows = []
     for name, recipe in RECIPES.items():
-        method, about = parse_method(name), f"{recipe.help}, keep ratio {recipe.keep_ratio:g}"
+        method, about = parse_method(name), f"{recipe.help}; keeps {recipe.size.least:g} or more"
         rows.append(
             _row("recipe", name, method.composition, about, recipe.composition, sorted(method.needs), True, False, {})
         )

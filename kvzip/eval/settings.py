@@ -73,10 +73,8 @@ class EvalSettings:
 
     def _asked(self, method: str) -> tuple[float | None, ...]:
         chosen = parse_method(method)
-        if chosen.decides_count:
+        if chosen.decides_count or chosen.size is not None:
             return (None,)
-        if chosen.keep_ratio is not None:  # a recipe brings its own
-            return (chosen.keep_ratio,)
         return self.keep_ratios if chosen.scorer else (1.0,)
 
     def describe(self, llm: LLM) -> dict[str, Any]:
