@@ -13,7 +13,8 @@ from kvzip.chunks import equal_parts
 from kvzip.scorers.base import Observation, Observer, Shape
 
 BLOCK_LEN = 512  # tokens that are fitted at a time: the cost of a fit grows with the square of it
-ROWS = 2  # query rows of a KV head that are kept, for each token of a chunk; four were no better, one was worse
+ROWS = 2  # query rows of a KV head that are kept for each token of a chunk, at least
+SHARE = 0.6  # of all query rows of a KV head, where that is more: a replay of many query heads pays for more of a fit
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class LayerQueries:
 
 
 class ReplayedQueries(Observer):
-    """Keeps of each chunk twice as many query rows a KV head as it has tokens, evenly spread, and what they took.
+    """Keeps some of each chunk's query rows, evenly spread, and what they took.
 
-    So of a float32 model they take as much as the chunk's keys and values do.
+    In 16 bits a row takes half as much as a pair of float32, so two a token take as much as the cache does. Of seven
+    query heads a KV head 4.2 rows a token are kept.
     """
 
     needs = frozenset({"replay_queries"})
@@ -56,7 +58,7 @@ class ReplayedQueries(Observer):
     def observe(self, layer: int, observation: Observation) -> None:
         num_heads, q_len, _ = observation.query.shape
         groups, chunk = num_heads // self.shape[1], observation.chunk
-        count = min(q_len, math.ceil(ROWS * (chunk.stop - chunk.start) / groups))
+        count = min(q_len, math.ceil(max(ROWS / groups, SHARE) * (chunk.stop - chunk.start)))
         taken = torch.linspace(0, q_len - 1, count).long().to(observation.query.device)
         query, outputs = (_in_16_bits(rows[:, taken]) for rows in (observation.query, observation.outputs))
         self._seen[layer].append((query, outputs, observation.lse[:, taken]))
