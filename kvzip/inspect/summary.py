@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from kvzip.context import Pairs, RaggedContext
+from kvzip.context import Pairs, RaggedContext, RaggedLayer
 from kvzip.errors import InputError
 
 VISIBLE_FORMATS = "\u200c\u200d"  # the joiners: Persian and emoji need them, and they reorder nothing
@@ -163,9 +163,12 @@ def facts(context: RaggedContext) -> list[tuple[str, str]]:
 
 def _stored_as(context: RaggedContext) -> str:
     """The dtype, and the bits of keys and values where these are codes, as "codes of 8 + 6, 3 + 3 bits", by level."""
-    levels = (level for layer in context.stored_layers.values() for level in layer.levels if level.is_quantized)
-    found = {f"{_bits(level.keys)} + {_bits(level.values)}": None for level in levels}
+    found = {f"{_bits(level.keys)} + {_bits(level.values)}": None for level in _coded_levels(context)}
     return f"codes of {', '.join(found)} bits, read as {context.info.dtype}" if found else context.info.dtype
+
+
+def _coded_levels(context: RaggedContext) -> Iterator[RaggedLayer]:
+    return (level for layer in context.stored_layers.values() for level in layer.levels if level.is_quantized)
 
 
 def _bits(pairs: Pairs) -> int:
@@ -178,8 +181,13 @@ def _resident(context: RaggedContext) -> str:
 
 
 def factor(context: RaggedContext) -> str:
-    """Bytes of the full cache over bytes that are kept: "3.2×"."""
-    return f"{context.info.full_kv_nbytes / max(1, context.kv_nbytes):.1f}×"
+    """Bytes of the full cache over bytes that are kept: "3.2×".
+
+    Of codes that stand for float32 also what recipes and budgets as "8x" count: "16.1× (8.0× of 16-bit numbers)".
+    """
+    times = context.info.full_kv_nbytes / max(1, context.kv_nbytes)
+    is_coded = context.info.dtype == "float32" and any(_coded_levels(context))
+    return f"{times:.1f}×" + (f" ({times / 2:.1f}× of 16-bit numbers)" if is_coded else "")
 
 
 def loss_line(loss: Mapping[str, Any]) -> str:
