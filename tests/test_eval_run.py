@@ -87,7 +87,7 @@ def test_keep_ratio_1_of_any_method_is_the_full_cache(whole: tuple[Path, list[di
             assert row["kv_nbytes"] < 0.5 * row["full_kv_nbytes"]
 
 
-def test_a_recipe_is_measured_at_its_own_keep_ratio(tiny: kvzip.LLM, tmp_path: Path) -> None:
+def test_a_recipe_is_measured_at_its_own_size(tiny: kvzip.LLM, tmp_path: Path) -> None:
     changes = {"tasks": ("niah",), "methods": ("kvzip:small", "kvzip"), "limit": 1}
     header, rows = run(tiny, tmp_path / "rows.jsonl", **changes)
     asked = [row["keep_ratio_asked"] for row in rows if row["kind"] == "row" and row["method"] == "kvzip:small"]
