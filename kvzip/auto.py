@@ -67,10 +67,11 @@ class Search:
         for index, candidate in enumerate(self.candidates):
             if self._nbytes(candidate) <= self.max_nbytes:
                 return self._filled(index)
-        least = self._nbytes(self.candidates[-1])
+        last = self.candidates[-1]
+        least = self._nbytes(last)
         raise BudgetError(
-            f"max_bytes {self.options.max_bytes!r} is too small: {self.candidates[-1]}, the smallest that is tried, "
-            f"takes {least} bytes; allow that much"
+            f"max_bytes {self.options.max_bytes!r} is too small: {last}, the smallest that is tried, takes {least} "
+            f"bytes, {self._amounts_of(last.method).times_text(least)}; allow that much"
         )
 
     def _filled(self, index: int) -> CompressedContext:

@@ -156,6 +156,10 @@ class Amounts:
         """How many context pairs there is room for; below 1 where there is none."""
         return min(int((nbytes - self.fixed_nbytes) // self.pair_nbytes), self.num_pairs)
 
+    def times_text(self, nbytes: int) -> str:
+        """How many times smaller than the full cache so many bytes are, as it may be asked for: "8.3x"."""
+        return f"{math.floor(10 * self.full_nbytes / nbytes) / 10:g}x"
+
 
 @dataclass(frozen=True)
 class Size:
@@ -192,7 +196,7 @@ def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: A
         pairs = amounts.pairs_within(parse_size(budget, amounts.full_nbytes))
         if pairs < 1:
             least = math.ceil(amounts.fixed_nbytes + amounts.pair_nbytes)
-            needs = f"this context needs at least {least} bytes, {math.floor(10 * amounts.full_nbytes / least) / 10:g}x"
+            needs = f"this context needs at least {least} bytes, {amounts.times_text(least)}"
             raise BudgetError(f"budget {budget!r} is too small: {needs}")
         return pairs
     if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= amounts.num_pairs:

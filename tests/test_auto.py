@@ -80,7 +80,7 @@ def test_losses_that_do_not_rise_never_give_one_above_the_limit() -> None:
 def test_the_largest_within_the_bytes(nbytes: int) -> None:
     fake = Fake({})
     if nbytes < 500 + 4 * round(1000 * FRONTIER[-1].keep_ratio):
-        with pytest.raises(BudgetError, match=rf"^max_bytes {nbytes} is too small: .*, takes 900 bytes; allow"):
+        with pytest.raises(BudgetError, match=rf"^max_bytes {nbytes} is too small: .*, takes 900 bytes, 8.8x; allow"):
             search(fake, max_bytes=nbytes)
         return
     found = search(fake, max_bytes=nbytes)

@@ -425,4 +425,7 @@ def test_what_is_stored_in_codes_says_in_how_many_bits():
     assert dict(summary.facts(context))["Stored as"] == "codes of 8 + 4, 3 + 32 bits, read as float32"
     assert dict(summary.facts(random_context(Shape())[0]))["Stored as"] == "float32"
     assert "of 16-bit numbers)" in summary.factor(context), "what a recipe goes by"
-    assert re.fullmatch(r"\d+\.\d×", summary.factor(random_context(Shape())[0]))
+    plain, _ = random_context(Shape())
+    assert re.fullmatch(r"\d+\.\d×", summary.factor(plain))
+    asked = replace(plain, info=replace(plain.info, budget_asked="8x"))
+    assert "of 16-bit numbers)" in summary.factor(asked)

@@ -183,11 +183,13 @@ def _resident(context: RaggedContext) -> str:
 def factor(context: RaggedContext) -> str:
     """Bytes of the full cache over bytes that are kept: "3.2×".
 
-    Of codes that stand for float32 also what recipes and budgets as "8x" count: "16.1× (8.0× of 16-bit numbers)".
+    Beside float32, of codes and where times were asked for, also what these count: "16.1× (8.0× of 16-bit numbers)".
     """
-    times = context.info.full_kv_nbytes / max(1, context.kv_nbytes)
-    is_coded = context.info.dtype == "float32" and any(_coded_levels(context))
-    return f"{times:.1f}×" + (f" ({times / 2:.1f}× of 16-bit numbers)" if is_coded else "")
+    info = context.info
+    times = info.full_kv_nbytes / max(1, context.kv_nbytes)
+    counts_16_bits = any(_coded_levels(context)) or str(info.budget_asked).endswith("x")
+    halved = f" ({times / 2:.1f}× of 16-bit numbers)" if counts_16_bits and info.dtype == "float32" else ""
+    return f"{times:.1f}×{halved}"
 
 
 def loss_line(loss: Mapping[str, Any]) -> str:
