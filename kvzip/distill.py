@@ -1,12 +1,13 @@
 """Fitting the surrogate of `kvzip-fast`: from what enters each layer's attention to the scores a replay gives.
 
-    texts ─► contexts of about CONTEXT_LEN tokens ─► replay: true scores ─► read again: inputs ─► least squares
+    texts ─► contexts of two lengths ─► replay: true scores ─► read again: inputs ─► least squares
 
 A held-out fifth of the contexts is foretold before it joins the fit; that is what is reported.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from kvzip.scorers.base import Observer, Profile, Reading
 from kvzip.scorers.distilled import features, places
 from kvzip.surrogates import save_surrogate
 
-CONTEXT_LEN = CHUNK_LEN  # tokens of a context, about: a replay repeats so many at a time
+CONTEXT_LEN = CHUNK_LEN  # tokens of a long context, at most: a replay repeats so many at a time
+SHORTER = 3  # so many times shorter is every second context: scores of short texts differ
 MIN_LEN = 200  # tokens of all texts together
 KEEP_RATIOS = (0.5, 0.3)  # at which kept pairs are compared
 HELD_OUT = 5  # one of so many contexts
@@ -56,9 +58,10 @@ class Distillation:
     seconds: float
 
 
-def split_contexts(context_ids: Tensor, context_len: int = CONTEXT_LEN) -> list[Tensor]:
-    """Ids [S] as at least two contexts of about that many tokens, none longer than another by more than one token."""
-    return list(torch.tensor_split(context_ids, max(2, round(context_ids.numel() / context_len))))
+def split_contexts(context_ids: Tensor) -> list[Tensor]:
+    """Ids [S] as at least two contexts, in turn long ones of CONTEXT_LEN tokens at most and short ones of a third."""
+    groups = context_ids.tensor_split(math.ceil(context_ids.numel() / (CONTEXT_LEN + CONTEXT_LEN // SHORTER)))
+    return [part for group in groups for part in group.tensor_split([-max(1, len(group) // (SHORTER + 1))])]
 
 
 def agreement(truth: Tensor, foretold: Tensor) -> Agreement:

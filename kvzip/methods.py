@@ -58,7 +58,9 @@ ALIASES = {
         "reconstruction+global", "what the model needs to repeat the text (the default)", "KVzip, arXiv 2505.23416"
     ),
     "kvzip-fast": Alias(
-        "distilled+floored", "kvzip without a replay: scores foretold while the text is read", "KVzap, arXiv 2601.07891"
+        "distilled+floored:alpha=0.5",
+        "kvzip without a replay: scores foretold while the text is read",
+        "KVzap, arXiv 2601.07891",
     ),
     "kvzip-head": Alias("head-profile+head", "whole heads, by a profile of the model", "KVzip, arXiv 2505.23416"),
     "kvzip-plus": Alias(

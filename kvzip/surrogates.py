@@ -15,7 +15,7 @@ from kvzip.files import write_whole
 from kvzip.models.cache import cache_dir
 from kvzip.scorers.base import Profile
 
-FORMAT = 1  # counts up when `kvzip.scorers.distilled.features` changes: older weights are then refused
+FORMAT = 2  # counts up when `kvzip.scorers.distilled.features` changes: older weights are then refused
 LARGEST_WEIGHT = 1e8  # of a fit; what is beyond could make scores infinite
 MAX_HEADER_NBYTES = 1 << 16  # beside the numbers
 KEY = "kvzip"  # of the metadata: one entry of JSON, as the library orders several at random

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,26 +43,32 @@ class DistilledScorer(BaseScorer):
 
 
 def features(reading: Reading, places: Tensor) -> Tensor:
-    """What the scores of a layer's tokens are foretold from: [T, E + 4 Hkv + 2] float32.
+    """What the scores of a layer's tokens are foretold from: [T, E + 4 Hkv + 3] float32.
 
-    The attention's inputs; of each KV head the norm of the key, of the value, and the logarithms of both; the place of
-    the token in its chunk (places: [S], of all tokens of the context) and the square of that.
+    The attention's inputs; of each KV head the norm of the key, of the value, and the logarithms of both; and where the
+    token is (places: [S, 3], of all tokens of the context).
     """
     assert reading.inputs is not None and reading.values is not None
     num_tokens = reading.values.shape[1]
     pairs = torch.cat([reading.keys[:, -num_tokens:], reading.values])
     norms = torch.linalg.vector_norm(pairs.float(), dim=-1).T
     first = reading.first - reading.prefix_len
-    place = places[first : first + num_tokens, None].to(norms.device)
-    return torch.cat([reading.inputs.float(), norms, norms.clamp_min(TINY).log(), place, place.square()], dim=1)
+    own = places[first : first + num_tokens].to(norms.device)
+    return torch.cat([reading.inputs.float(), norms, norms.clamp_min(TINY).log(), own], dim=1)
 
 
 def num_features(hidden_size: int, num_kv_heads: int) -> int:
     """How many there are for attention inputs of that size."""
-    return hidden_size + 4 * num_kv_heads + 2
+    return hidden_size + 4 * num_kv_heads + 3
 
 
 def places(context_len: int) -> Tensor:
-    """Of each token of a context its place in the chunk that a replay would repeat it with: [S] float32 in [0, 1)."""
+    """Of each token of a context, by the chunk that a replay would repeat it with: [S, 3] float32.
+
+    Its place there, in [0, 1), the square of that, and the logarithm of the chunk's length: attention that is spread
+    over all of a chunk is the weaker the longer it is, so heads stand to one another otherwise in a short text.
+    """
     lengths = [chunk.stop - chunk.start for chunk in chunk_slices(context_len, CHUNK_LEN)]
-    return torch.cat([torch.arange(length) / length for length in lengths])
+    place = torch.cat([torch.arange(length) / length for length in lengths])
+    log_length = torch.cat([torch.full((length,), math.log(length)) for length in lengths])
+    return torch.stack([place, place.square(), log_length], dim=1)
