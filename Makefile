@@ -76,8 +76,10 @@ bench: venv ## Measure on this machine, and write docs/results.md anew; hours, a
 	$(BIN)/python bench/articles.py $(BENCH_TEXT) --learn 0-9 --hold-out 13-15 -o build/articles
 	set -e; for model in $(BENCH_MODELS); do \
 	  $(BIN)/kvzip distill -m $$model --text build/articles/$(basename $(notdir $(BENCH_TEXT)))-0-9.txt; \
-	  $(BIN)/kvzip bench distill -m $$model --context-len 2000 --text build/articles/$(basename $(notdir $(BENCH_TEXT)))-13-15.json \
-	    --runs $(BENCH_RUNS) --json $(RESULTS)/distill-$$model-2000.json; \
+	  for len in 700 2000; do \
+	    $(BIN)/kvzip bench distill -m $$model --context-len $$len --text build/articles/$(basename $(notdir $(BENCH_TEXT)))-13-15.json \
+	      --runs $(BENCH_RUNS) --json $(RESULTS)/distill-$$model-$$len.json; \
+	  done; \
 	done
 	set -e; for model in $(BENCH_MODELS); do \
 	  $(BIN)/kvzip bench certificate -m $$model --context-len 900 --text $(BENCH_TEXT) --texts 8 \
