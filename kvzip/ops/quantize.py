@@ -248,7 +248,7 @@ def pack_stream(codes: Tensor, widths: Tensor) -> Tensor:
     for start in range(0, len(codes), STREAM_ROWS):
         rows = slice(start, start + STREAM_ROWS)
         bits = codes[rows][:, channel] >> shift.to(torch.uint8) & 1
-        found[rows] = (bits.view(-1, found.shape[1], 8) * place).sum(dim=2, dtype=torch.uint8)
+        found[rows] = (bits.view(len(bits), found.shape[1], 8) * place).sum(dim=2, dtype=torch.uint8)
     return found
 
 
