@@ -29,8 +29,9 @@ class Search:
         self.options, self.candidates = options, candidates(options.method)
         self.max_loss = options.max_loss
         self._compress, self._amounts_of = compress, amounts_of
-        full_nbytes = amounts_of(options.method).full_nbytes
-        self.max_nbytes = None if options.max_bytes is None else parse_size(options.max_bytes, full_nbytes, "max_bytes")
+        self.max_nbytes = None
+        if options.max_bytes is not None:
+            self.max_nbytes = parse_size(options.max_bytes, amounts_of(options.method).full_nbytes, "max_bytes")
         self._bounds: dict[int, float] = {}
 
     def run(self) -> CompressedContext:

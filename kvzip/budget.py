@@ -177,7 +177,7 @@ class Size:
 
     def num_pairs(self, amounts: Amounts) -> int:
         """The number of context pairs to keep."""
-        room = amounts.pairs_within(parse_size(str(self), amounts.full_nbytes))
+        room = amounts.pairs_within(int(amounts.full_nbytes / self.times))
         return max(room, resolve_pairs(self.least, None, amounts))
 
 
@@ -208,12 +208,18 @@ def resolve_pairs(keep_ratio: float | None, budget: int | str | None, amounts: A
 
 def parse_size(text: int | str, full_nbytes: int, what: str = "budget") -> int:
     """Bytes as by `parse_nbytes`, or of "8x", an eighth of `full_nbytes`, at least "1x". Raises BudgetError."""
-    times = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*", str(text), re.IGNORECASE)
+    times = times_in(text)
     if times is None:
         return parse_nbytes(text, what, ", or 8x for an eighth of the full cache in 16-bit numbers")
-    if float(times[1]) < 1:
+    if times < 1:
         raise BudgetError(f"{what} {text!r} is out of range: give how many times smaller, at least 1x")
-    return int(full_nbytes / float(times[1]))
+    return int(full_nbytes / times)
+
+
+def times_in(text: object) -> float | None:
+    """The number of "8x"; None of anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*x\s*", str(text), re.IGNORECASE)
+    return None if match is None else float(match[1])
 
 
 def parse_nbytes(text: int | str, what: str = "budget", also: str = "") -> int:

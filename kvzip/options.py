@@ -59,6 +59,8 @@ class CompressOptions:
             object.__setattr__(self, "keep_ratio", DEFAULT_KEEP_RATIO)
         if self.keep_ratio is not None and not self.is_auto:
             check_keep_ratio(self.keep_ratio)
+        if isinstance(self.budget, str):
+            parse_size(self.budget, 1)  # how large the cache is matters to nothing that is refused
         if isinstance(self.chunk_len, bool) or not isinstance(self.chunk_len, int) or self.chunk_len < 1:
             raise InputError(f"chunk_len {self.chunk_len!r} is out of range: give a whole number of at least 1")
         if self.replay_scope not in REPLAY_SCOPES:
@@ -111,7 +113,7 @@ class CompressOptions:
         if self.max_loss is not None:
             _check_loss(self.max_loss)
         if self.max_bytes is not None:
-            parse_size(self.max_bytes, 1, "max_bytes")
+            parse_size(self.max_bytes, 1, "max_bytes")  # as above
         elif self.max_loss is None:
             object.__setattr__(self, "max_loss", DEFAULT_MAX_LOSS)
         object.__setattr__(self, "keep_ratio", AUTO)

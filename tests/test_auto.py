@@ -141,6 +141,8 @@ def test_the_frontier_falls_and_holds_the_recipes() -> None:
         ({"max_loss": float("nan")}, BudgetError, r"max_loss nan is out of range"),
         ({"max_bytes": "many"}, BudgetError, r"max_bytes 'many' is not an amount: give bytes as 64MiB"),
         ({"max_bytes": True}, BudgetError, r"is not an amount"),
+        ({"budget": "many"}, BudgetError, r"budget 'many' is not an amount"),
+        ({"budget": "0.5x"}, BudgetError, r"budget '0.5x' is out of range"),
         ({"max_loss": 0.1, "certify": False}, InputError, r"the search goes by the certificate"),
         ({"max_loss": 0.1, "faithful": True}, InputError, r"faithful can't be asked beside max_loss"),
         ({"max_loss": 0.1, "method": "int4"}, BudgetError, r"has no keep ratio to search for: take another method"),

@@ -89,6 +89,7 @@ def test_budgets_resolve_to_exact_counts() -> None:
     assert resolve_pairs(None, 17, amounts) == 17
     assert resolve_pairs(None, "2600B", amounts) == 21
     assert resolve_pairs(None, "1GiB", amounts) == 1000
+    assert [parse_nbytes(t) for t in ("1.5 KiB", "2mb", "3B")] == [1536, 2_000_000, 3]
     assert [resolve_pairs(None, times, amounts) for times in ("8x", "1x", " 12.5 X ")] == [95, 795, 59]
     for times, message in {
         "0.5x": "'0.5x' is out of range: give how many times smaller, at least 1x",
@@ -105,7 +106,6 @@ def test_a_recipe_fills_its_size_and_keeps_its_least() -> None:
     assert Size(8, least=0.3).num_pairs(amounts) == 300
     assert Size(8, least=0.3).num_pairs(replace(amounts, fixed_nbytes=20_000)) == 300, "no room at all"
     assert Size(1, least=0.3).num_pairs(replace(amounts, pair_nbytes=1)) == 1000
-    assert [parse_nbytes(t) for t in ("1.5 KiB", "2mb", "3B")] == [1536, 2_000_000, 3]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def compress(
 
 def make_options(keep_ratio: str | None, budget: str | None, **options: Any) -> CompressOptions:
     """The options, checked before the long work. Raises BudgetError, UnknownNameError or InputError."""
-    from kvzip.budget import parse_size
     from kvzip.options import AUTO, CompressOptions
 
     ratio: float | str | None = keep_ratio
@@ -128,8 +127,6 @@ def make_options(keep_ratio: str | None, budget: str | None, **options: Any) -> 
     amount: int | str | None = budget
     if budget is not None and budget.strip().lstrip("+-").isdecimal():
         amount = int(budget)
-    elif budget is not None:
-        parse_size(budget, 1)
     return CompressOptions(keep_ratio=ratio, budget=amount, **options)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from kvzip.budget import times_in
 from kvzip.context import Pairs, RaggedContext, RaggedLayer
 from kvzip.errors import InputError
 
@@ -187,7 +188,7 @@ def factor(context: RaggedContext) -> str:
     """
     info = context.info
     times = info.full_kv_nbytes / max(1, context.kv_nbytes)
-    counts_16_bits = any(_coded_levels(context)) or str(info.budget_asked).endswith("x")
+    counts_16_bits = any(_coded_levels(context)) or times_in(info.budget_asked) is not None
     halved = f" ({times / 2:.1f}× of 16-bit numbers)" if counts_16_bits and info.dtype == "float32" else ""
     return f"{times:.1f}×{halved}"
 
