@@ -18,7 +18,7 @@ from kvzip.prefilled import Prefilled
 from kvzip.progress import silent
 from kvzip.surrogates import surrogate_source
 
-NUM_QUESTIONS = 48  # of sixteen a single one could double the mean
+NUM_QUESTIONS, MOST_QUESTIONS = 16, 48  # where there are more than sixteen: of so few, one could double the mean
 METHODS = {"fast": "kvzip-fast", "kvzip": "kvzip"}
 
 
@@ -39,7 +39,7 @@ def bench_distill(llm: LLM, context_len: int, num_runs: int, text_path: str) -> 
     figures["rank_correlation"] = [found.rank_correlation]
     figures |= {f"overlap_{ratio}": [share] for ratio, share in found.overlap.items()}
     whole = full.compress(CompressOptions(keep_ratio=1.0, certify=False))
-    questions = bench_questions(text_path, text, NUM_QUESTIONS)
+    questions = bench_questions(text_path, text, NUM_QUESTIONS, MOST_QUESTIONS)
     references = [make_reference(whole, llm.question_ids(question)) for question in questions]
     for ratio in KEEP_RATIOS:
         for name, method in METHODS.items():

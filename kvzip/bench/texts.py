@@ -29,12 +29,15 @@ def bench_text(llm: LLM, context_len: int, path: str | None = None) -> str:
     return str(llm.tokenizer.decode(ids[:context_len]))
 
 
-def bench_questions(path: str, text: str, count: int) -> list[str]:
-    """`count` questions of a SQuAD JSON file on paragraphs that stand in `text`, spread evenly. Raises InputError."""
+def bench_questions(path: str, text: str, count: int, at_most: int = 0) -> list[str]:
+    """Questions of a SQuAD JSON file on paragraphs that stand in `text`, spread evenly.
+
+    As many as `count`, or up to `at_most` where there are more. Raises InputError for fewer than `count`.
+    """
     found = [qa["question"] for p in read_paragraphs(path) if p["context"] in text for qa in p["qas"]]
     if len(found) < count:
         raise InputError(f"{path} has {len(found)} questions about the text, {count} are needed: give more text")
-    return choose(found, count)
+    return choose(found, max(count, min(at_most, len(found))))
 
 
 def _bundled() -> str:
